@@ -1,0 +1,25 @@
+"""mpq-fx: torch.compile(model, backend="mpq") chooses the numeric precision of every layer."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpq_fx.api import apply, explain, finalize, refresh, tune
+    from mpq_fx.config import Config
+    from mpq_fx.errors import MpqError
+    from mpq_fx.facts import Plan
+
+__version__ = "0.1.0"
+__all__ = ["Config", "MpqError", "Plan", "apply", "explain", "finalize", "refresh", "tune"]
+
+# Loaded on first use: `import mpq_fx` must not import torch, and kernels import mpq_fx.formats.
+_HOMES = {"Config": "config", "MpqError": "errors", "Plan": "facts", 
+          **dict.fromkeys(("apply", "explain", "finalize", "refresh", "tune"), "api")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpq_fx' has no attribute {name!r}")
+    return getattr(import_module(f"mpq_fx.{_HOMES[name]}"), name)

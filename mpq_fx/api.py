@@ -1,0 +1,97 @@
+"""tune, apply, explain, finalize, refresh: what users call besides torch.compile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.config import Config
+from mpq_fx.errors import CalibrationError, ConfigError
+from mpq_fx.facts import Plan
+from mpq_fx.registry import ROOTS, bindings_of, entries, root_of, totals
+
+if TYPE_CHECKING:
+    from mpq_fx.explain import Report
+
+log = logging.getLogger("mpq_fx")
+Metric = Callable[[torch.nn.Module], float]
+UNLIMITED = 1 << 30          # calibration calls that no caller reaches: `tune` decides when to solve
+
+
+def tune(model: torch.nn.Module, batches: Iterable[Any], *, metric: Metric | None = None,
+         max_drop: float | None = None, config: Config | None = None, progress: bool = True) -> Plan:
+    """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
+
+    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
+    function of a model, higher is better) the plan also loses at most the share `max_drop` of the
+    float model's value.  The model itself is left as it was.  Raises CalibrationError for no batch
+    and InfeasibleError for budgets that cannot be met.
+    """
+    from mpq_fx.tuning import tune_model
+
+    return tune_model(model, list(batches), metric=metric, max_drop=max_drop,
+                      config=config or Config(), progress=progress)
+
+
+def apply(model: torch.nn.Module, plan: Plan | str | Path, *, release: bool = False,
+          config: Config | None = None) -> Any:
+    """model + plan -> compiled model that starts without calibration.
+
+    release=True frees the float weights on the first call: no refresh and no training after that.
+    A plan with codes also fills a model on the meta device.
+    """
+    from mpq_fx.plan import load, materialize
+
+    plan = plan if isinstance(plan, Plan) else load(plan)
+    model = root_of(model)
+    if any(p.is_meta for p in model.parameters()):
+        materialize(model, plan)
+    ROOTS.add(model)
+    config = replace(config or Config(), plan=plan, release=release)
+    return torch.compile(model, backend="mpq", options={"config": config})
+
+
+def explain(compiled: Any) -> Report:
+    """What runs in which precision, why, what was gained and what more is possible."""
+    from mpq_fx.dynamo import dynamo_facts
+    from mpq_fx.explain import report_of
+
+    return report_of(entries(compiled), dynamo=dynamo_facts(), parameters=totals(compiled))
+
+
+def finalize(compiled: Any) -> None:
+    """End observing now: solve every graph of the model with the calls it has seen."""
+    found = bindings_of(compiled)
+    if not found:
+        raise CalibrationError("no compiled graph of this model was called yet",
+                               fix="call the compiled model under torch.inference_mode() first")
+    for lifecycle, binding in found:
+        lifecycle.finalize(binding)
+
+
+def refresh(compiled: Any) -> list[str]:
+    """Look at every element of every weight now; returns the names of those that had changed."""
+    names = {id(t): name for name, t in root_of(compiled).named_parameters()}
+    changed = []
+    for _, binding in bindings_of(compiled):
+        values = binding.values()
+        changed += [names.get(id(values[k]), k) for k in binding.refresh()]
+    return sorted(set(changed))
+
+
+def call(model: Callable[..., Any], batch: Any) -> Any:
+    """Tensor → model(x), tuple or list → model(*x), dict → model(**x)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return model(*batch)
+    raise ConfigError(f"a batch is a Tensor, a tuple or a dict, not {type(batch).__name__}",
+                      fix="mpq_fx.tune(model, [(x,), ...])")

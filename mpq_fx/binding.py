@@ -1,0 +1,115 @@
+"""One captured graph with the parameters it is called with: calls seen, plan, constants, freshness.
+
+Dynamo compiles code once and calls it with many weights, so nothing is baked into a graph: a binding
+is found by the identities of the parameters that a call passes in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from mpq_fx.facts import Plan
+from mpq_fx.passes.lower.constants import Recipe, evaluate
+from mpq_fx.watch import Watch
+
+RECORD_BYTES = 1 << 28            # bound on the inputs kept for calibration
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a binding runs after its plan is solved: a compiled graph over owned constants."""
+
+    run: Callable[..., Any]               # of the live arguments
+    live: tuple[int, ...]                 # positions, among all arguments, that `run` takes
+    constants: GraphModule                # owns the buffers that `run` reads
+    live_names: tuple[str, ...]           # placeholders at those positions
+    source: GraphModule                   # the graph the recipes compute in
+    recipes: tuple[Recipe, ...] = ()
+    accepts: Callable[[Sequence[Any]], bool] = lambda args: True   # sizes this compilation is for
+
+
+@dataclass
+class Binding:
+    """The mutable state of one (graph, parameters); `lock` is held while it changes."""
+
+    names: tuple[str, ...]                         # placeholders that hold parameters
+    parameters: tuple[weakref.ref[Tensor], ...]
+    site_names: Mapping[str, str] = field(default_factory=dict)   # in the graph -> in the model
+    records: list[tuple[Any, ...]] = field(default_factory=list)
+    calls: int = 0
+    plan: Plan | None = None
+    reason: str = "observing"                      # why this runs in float; "" once installed
+    installed: Installed | None = None
+    trial: Callable[..., Any] | None = None        # a plan under test in `tune`
+    watch: Watch | None = None
+    watched: tuple[str, ...] = ()
+    released: bool = False
+    order: int = field(default_factory=itertools.count().__next__)     # of first calls
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def values(self) -> dict[str, Tensor]:
+        """{placeholder: parameter}; a parameter that died makes its entry missing."""
+        alive = zip(self.names, (ref() for ref in self.parameters), strict=True)
+        return {name: p for name, p in alive if p is not None}
+
+    def install(self, installed: Installed, plan: Plan) -> None:
+        """Switch to a compiled plan at once; the calibration inputs are let go."""
+        self.watched = tuple(sorted({p for r in installed.recipes for p in r.parameters}))
+        values = self.values()
+        self.watch = Watch([values[name] for name in self.watched])
+        self.installed, self.plan, self.reason = installed, plan, ""
+        self.records = []
+
+    def keep_float(self, reason: str, plan: Plan | None = None) -> None:
+        self.installed, self.reason, self.records = None, reason, []
+        self.plan = plan
+
+    def freshen(self, values: Mapping[str, Tensor]) -> list[str]:
+        """Recompute the constants of weights that changed; the cheap check of every call."""
+        if self.watch is None or self.released:
+            return []
+        tensors = [values[name] for name in self.watched]
+        changed = self.watch.changed(tensors)
+        if changed:
+            with self.lock:
+                self.update(values, [self.watched[k] for k in changed])
+                self.watch.accept(tensors, changed)
+        return [self.watched[k] for k in changed]
+
+    def refresh(self) -> list[str]:
+        """Look at every element of every weight now; returns the placeholders that had changed."""
+        if self.watch is None or self.released:
+            return []
+        values = self.values()
+        tensors = [values[name] for name in self.watched]
+        with self.lock:
+            edited = self.watch.edited(tensors)
+            self.update(values, [self.watched[k] for k in edited])
+            self.watch.accept(tensors, edited)
+        return [self.watched[k] for k in edited]
+
+    def update(self, values: Mapping[str, Tensor], changed: Sequence[str]) -> None:
+        """Copy recomputed values into the constants that depend on `changed`, in place."""
+        assert self.installed is not None
+        touched = [r for r in self.installed.recipes if set(r.parameters) & set(changed)]
+        fresh = evaluate(self.installed.source, touched, values)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in fresh.items():
+                getattr(self.installed.constants, name).copy_(value)
+
+
+def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:
+    return Binding(tuple(names), tuple(weakref.ref(p) for p in parameters), sites)
+
+
+def record_bytes(record: Sequence[Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in record if isinstance(x, Tensor))

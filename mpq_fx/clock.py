@@ -1,0 +1,36 @@
+"""Seconds per stage, against a budget; what was cut short is noted once, in the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Stage timings of one optimization and the deadline they share."""
+
+    def __init__(self, budget: float) -> None:
+        self.begin = time.monotonic()
+        self.budget = budget
+        self.timings: dict[str, float] = {}
+        self.cuts: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - begin
+            self.timings[name] = round(self.timings.get(name, 0.0) + spent, 3)
+
+    def deadline(self, share: float) -> float:
+        """The monotonic time by which `share` of the budget is spent."""
+        return self.begin + share * self.budget
+
+    def is_past(self, share: float = 1.0) -> bool:
+        return time.monotonic() > self.deadline(share)
+
+    def cut(self, what: str) -> None:
+        self.cuts.append(f"time_budget of {self.budget:g} s: {what}")

@@ -1,0 +1,131 @@
+"""capture -> canonicalize -> observe -> propose -> measure -> allocate -> rewrite -> lower -> run
+
+`compile_graph` runs while Dynamo compiles; `optimize` when a binding has seen enough calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from mpq_fx.binding import Binding
+from mpq_fx.capture import capture
+from mpq_fx.clock import Clock
+from mpq_fx.config import Config
+from mpq_fx.describe import describe
+from mpq_fx.dynamo import frame_root
+from mpq_fx.facts import Plan, Site
+from mpq_fx.graph import clone, output_of, placeholders, run_passes
+from mpq_fx.install import donor, install_plan, release
+from mpq_fx.lifecycle import OBSERVING, Lifecycle
+from mpq_fx.measure import measure
+from mpq_fx.passes import CANONICALIZE
+from mpq_fx.passes.analyze.sites import find_sites
+from mpq_fx.plan import load
+from mpq_fx.registry import all_bindings, naming_root, site_names
+from mpq_fx.search import search
+from mpq_fx.settle import settle
+
+log = logging.getLogger("mpq_fx")
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """One captured graph and what is known of it before any call."""
+
+    gm: GraphModule                     # canonical
+    raw: GraphModule                    # as captured: what `.bfloat16()` is measured on
+    sites: tuple[Site, ...]
+    names: tuple[str, ...]              # of the placeholders
+    paths: dict[str, str]               # placeholder of a parameter or buffer -> its path in the frame
+    parameters: tuple[int, ...]         # positions of parameters and of buffers nobody writes to
+    caches: frozenset[int]              # outputs that are caches: not part of the error
+    passes: tuple[tuple[str, int], ...]  # what canonicalization changed
+
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
+    captured = capture(gm, example_inputs)
+    run_float = float_callable(gm, example_inputs, config)
+    if captured.refusal:
+        log.warning("a graph stays in float: %s", captured.refusal)
+        return Lifecycle(empty_graph(gm, captured.parameters), run_float, config, reason=captured.refusal)
+    raw, _ = clone(captured.gm)
+    changed = run_passes(captured.gm, CANONICALIZE)
+    names = tuple(node.name for node in placeholders(captured.gm))
+    graph = Graph(
+        captured.gm, raw, tuple(find_sites(captured.gm, captured.parameters)), names,
+        dict(captured.parameters),
+        tuple(k for k, name in enumerate(names)
+              if name in captured.parameters and name not in captured.mutated),
+        cache_outputs(captured.gm), tuple(changed))
+    return Lifecycle(graph, run_float, config, optimize=partial(optimize, graph, run_float),
+                     welcome=partial(welcome, graph, frame_root()))
+
+
+def optimize(graph: Graph, run_float: Callable[..., Any], binding: Binding, config: Config) -> None:
+    """Observed binding in; plan solved, verified and installed."""
+    clock = Clock(config.time_budget)
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        measured = measure(graph, binding, config, clock)      # tables of error, latency, bytes
+        found = search(measured, config, clock)                # CP-SAT + bisection on measured error
+        settled = settle(graph, measured, found, config, clock, run_float)      # never worse
+        plan = describe(graph, binding, measured, settled, config, clock)
+    if settled.winner.installed is None:
+        binding.keep_float("no allowed plan is faster than float", plan)
+    else:
+        binding.install(settled.winner.installed, plan)
+
+
+def welcome(graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, binding: Binding
+            ) -> None:
+    """A first call with new parameters: name the sites, and start from a plan where there is one."""
+    config = lifecycle.config
+    root = naming_root(binding, frame)
+    if root is not None:
+        binding.site_names = site_names(graph.sites, binding, root)
+    plan = loaded(config) or donor(binding, all_bindings())
+    if plan is None or binding.reason != OBSERVING:
+        return
+    install_plan(graph, binding, plan, config)
+    if config.release:
+        freed = release(binding)
+        log.info("freed %.1f MB of float weights", freed / 1e6)
+
+
+def loaded(config: Config) -> Plan | None:
+    """The plan of a Config, read once from its file."""
+    if config.plan is None or isinstance(config.plan, Plan):
+        return config.plan
+    return load(str(config.plan))
+
+
+def float_callable(gm: GraphModule, example_inputs: Sequence[Any], config: Config
+                   ) -> Callable[..., Any]:
+    """Inductor as the user would have it; with a plan at hand float is only a fallback, so eager."""
+    if config.plan is not None:
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(clone(gm)[0], list(example_inputs))
+
+
+def empty_graph(gm: GraphModule, paths: dict[str, str]) -> Graph:
+    """The record of a graph that stays Dynamo's own."""
+    names = tuple(node.name for node in placeholders(gm))
+    owned = tuple(k for k, name in enumerate(names) if name in paths)
+    return Graph(gm, gm, (), names, dict(paths), owned, frozenset(), ())
+
+
+def cache_outputs(gm: GraphModule) -> frozenset[int]:
+    """Positions of outputs that an attention of the same graph reads: keys and values to be kept."""
+    results = output_of(gm).args[0]
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    read = {n for node in gm.graph.nodes if node.target is attention for n in node.args[1:3]}
+    return frozenset(k for k, node in enumerate(results) if node in read)

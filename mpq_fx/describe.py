@@ -1,0 +1,174 @@
+"""what was measured, found and settled -> the Plan: a ledger that accounts for every site"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpq_fx.binding import Binding
+from mpq_fx.clock import Clock
+from mpq_fx.config import Config
+from mpq_fx.facts import Plan, Row, Site, SolverFacts, Table
+from mpq_fx.formats import format_named
+from mpq_fx.measure import Measured, parse
+from mpq_fx.passes.allocate import Solution, frontier
+from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.problem import problem
+from mpq_fx.settle import Settled, caller, fresh
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+FRONTIER_POINTS = 7
+FRONTIER_SECONDS = 1.0
+
+
+def describe(graph: Graph, binding: Binding, measured: Measured, settled: Settled, config: Config,
+             clock: Clock) -> Plan:
+    """Everything a reader, a second process or a new budget needs to know of one binding."""
+    names, winner = binding.site_names, settled.winner
+    choices = parse(measured.proposal, winner.assignment)
+    tables = {name: _renamed(table, names) for name, table in measured.tables.items()}
+    ties = tuple(tuple(names[s] for s in tie) for tie in measured.ties)
+    with clock.stage("frontier"):
+        points = _frontier(tables, settled, ties)
+    return Plan(
+        choices={names[site]: choice for site, choice in choices.items()},
+        ledger=tuple(_row(s, measured, settled, names) for s in measured.sites),
+        target=measured.target.name, error=_reported_error(graph, measured, settled),
+        tolerance=measured.tolerance, objective=config.objective,
+        latency_ms={name: t.median for name, t in settled.timings.items()},
+        errors=settled.errors, winner=winner.name, budgets=settled.found.budgets,
+        baseline=settled.found.baseline, tables=tables, ties=ties,
+        error_scale=settled.found.candidate.scale,
+        solver=_solver_facts(settled.found.candidate.solution), frontier=points,
+        timings=dict(clock.timings), fingerprint=fingerprint(measured.sites, names),
+        provenance=provenance(measured, config), notes=_notes(graph, measured, settled, clock),
+        tensors=_scales(measured, names))
+
+
+def fingerprint(sites: tuple[Site, ...], names: Mapping[str, str]) -> dict[str, Any]:
+    """What a model must have for a plan to be its own: sites, weight shapes, dtypes."""
+    return {"sites": {names[s.name]: {"op": s.op, "weight_shape": list(s.weight_shape),
+                                      "dtype": s.dtype} for s in sites}}
+
+
+def provenance(measured: Measured, config: Config) -> dict[str, Any]:
+    """Versions, device and seed; a plan is verified again where the instruction set differs."""
+    packages = {}
+    for name in ("mpq-fx", "torch", "ortools"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {"packages": packages, "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "target": dict(measured.target.facts()), "seed": config.seed,
+            "calls": {part: len(getattr(measured.parts, part))
+                      for part in ("fit", "choose", "report")}}
+
+
+def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, str]) -> Row:
+    options, tables = measured.proposal.options[site.name], measured.tables
+    choice, first = settled.winner.assignment[site.name], options[0].name
+    power = tables["error"].values.get((site.name, choice), 0.0)
+    ms = tables["latency"].values
+    chosen = next(c for c in options if c.name == choice)
+    return Row(
+        site=_named(site, names), choice=choice, reason=_reason(site, choice, measured),
+        refusals=measured.proposal.refusals[site.name],
+        kernel=settled.winner.kernels.get(site.name, "inductor"),
+        predicted_error=max(power, 0.0) ** 0.5, ms_before=ms[site.name, first],
+        ms_after=ms[site.name, choice],
+        weight_bytes=format_named(chosen.weight).storage_bits(site.weight_shape) // 8
+        if site.weight_shape else 0)
+
+
+def _named(site: Site, names: Mapping[str, str]) -> Site:
+    import dataclasses
+
+    return dataclasses.replace(site, name=names[site.name])
+
+
+def _reason(site: Site, choice: str, measured: Measured) -> str:
+    """Why a site stayed as it was."""
+    options = measured.proposal.options[site.name]
+    if choice != options[0].name:
+        return ""
+    if len(options) == 1:
+        return "no other choice is possible here"
+    ms = measured.tables["latency"].values
+    if all(ms[site.name, c.name] >= ms[site.name, choice] for c in options[1:]):
+        return "float is the fastest here"
+    return "the error is better spent elsewhere"
+
+
+def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float:
+    """The error of what runs, on calls that chose nothing."""
+    if settled.winner.installed is None:
+        return 0.0
+    errors = []
+    for record in measured.parts.report:
+        reference = measured.replay.run(record, {})
+        outputs = caller(settled.winner.installed, fresh(record))()
+        errors.append(output_error(outputs, reference, measured.excluded))
+    return max(errors)
+
+
+def _frontier(tables: Mapping[str, Table], settled: Settled, ties: tuple[tuple[str, ...], ...]
+              ) -> tuple[dict[str, float], ...]:
+    """What more is possible: predicted latency against predicted error, from the tables alone."""
+    found = settled.found
+    if not tables["error"].values:
+        return ()
+    budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
+    base = problem(tables, objective="latency", budgets=budgets, baseline=found.baseline, ties=ties)
+    before = found.baseline["latency"]
+    rest = settled.timings.get("inductor float")
+    whole = rest.median if rest else before
+    points = []
+    for solution in frontier(base, "latency", FRONTIER_POINTS, FRONTIER_SECONDS):
+        ms = solution.values["latency"]
+        points.append({"error": max(solution.values["error"], 0.0) ** 0.5, "site_ms": ms,
+                       "speedup_of_sites": before / ms if ms > 0 else 1.0,
+                       "size": solution.values.get("size", 0.0), "float_ms": whole})
+    return tuple(points)
+
+
+def _solver_facts(solution: Solution) -> SolverFacts:
+    first = solution.objective[0]
+    return SolverFacts(solution.status, tuple(solution.objective), solution.values[first],
+                       solution.bound, solution.gap, round(solution.seconds, 4),
+                       dict(solution.scale))
+
+
+def _notes(graph: Graph, measured: Measured, settled: Settled, clock: Clock) -> tuple[str, ...]:
+    notes = list(clock.cuts)
+    if graph.caches:
+        notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
+    if len(measured.parts.choose) + len(measured.parts.report) + len(measured.parts.fit) < 4:
+        notes.append("few calibration calls: the parts to fit, choose and report overlap")
+    if settled.winner.name != "plan":
+        notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
+    return tuple(notes)
+
+
+def _renamed(table: Table, names: Mapping[str, str]) -> Table:
+    import dataclasses
+
+    def rename(values: Mapping[Any, float]) -> dict[Any, float]:
+        return {(names[key[0]], *key[1:]): value for key, value in values.items()}
+
+    return dataclasses.replace(table, values=rename(table.values), spread=rename(table.spread))
+
+
+def _scales(measured: Measured, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Static scales and zero points, so that a second process needs no calibration."""
+    found = {}
+    for (site, fmt), (scale, zero) in measured.replay.scales.items():
+        found[f"{names[site]}|{fmt}|scale"] = scale
+        found[f"{names[site]}|{fmt}|zero"] = zero
+    return found

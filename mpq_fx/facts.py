@@ -1,0 +1,139 @@
+"""The frozen records that flow between the stages; no behavior beyond derived facts.
+
+capture -> Site      propose -> Choice      measure -> Table      allocate -> Plan      lower -> Row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Scaling = Literal["none", "static", "dynamic"]
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """Numerics of one unit: weight format × activation format × when its scale is known × transforms.
+
+    `weight` and `activation` are names in `mpq_fx.formats.FORMATS`.  `scaling` is "none" for a float
+    activation, "static" for a scale fixed by calibration, "dynamic" for one computed on every call.
+    """
+
+    weight: str
+    activation: str
+    scaling: Scaling = "none"
+    transforms: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The only spelling, in configs, plans, reports: "bfloat16", "int8*int8_tensor/static"."""
+        core = self.weight if self.weight == self.activation else f"{self.weight}*{self.activation}"
+        core += "" if self.scaling == "none" else f"/{self.scaling}"
+        return "+".join((core, *self.transforms))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLOAT32 = Choice("float32", "float32")
+BFLOAT16 = Choice("bfloat16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One op of the canonical graph that may run in another precision."""
+
+    name: str                       # unique within a model: the qualified name of the weight's owner
+    op: str                         # linear | conv | matmul | attention | embedding | grouped_matmul
+    node: str                       # name of the node in the canonical graph
+    weight: str | None = None       # placeholder that holds the float weight, as float values
+    bias: str | None = None
+    input_shape: tuple[Any, ...] = ()    # of the activation; ints, or strings for symbolic sizes
+    weight_shape: tuple[int, ...] = ()
+    output_shape: tuple[Any, ...] = ()
+    attributes: tuple[Any, ...] = ()     # of a convolution: stride, padding, dilation, groups
+    dtype: str = "float32"          # what the user's model computes this site in
+    macs: int = 0                   # multiply-accumulates of one call, at the calibrated shape
+    group: str | None = None        # sites that read the same tensor (q/k/v) share this key
+    path: str = ""                  # module path, as a user would write it
+    source: str = ""                # "model.py:31", the user's line
+
+    @property
+    def weight_numel(self) -> int:
+        numel = 1
+        for size in self.weight_shape:
+            numel *= size
+        return numel if self.weight_shape else 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Error (or cost) of (unit, choice), with optional sparse pair terms, and where it came from.
+
+    `values[unit, choice]` are noise powers (squared relative RMS) when `measure` is "noise_power":
+    they add over units.  Negative or noisy values are kept as measured.
+    """
+
+    metric: str
+    measure: str                                              # "noise_power" | "ms" | "bytes" | ...
+    values: Mapping[tuple[str, str], float]
+    pairs: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
+    spread: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # samples, passes, seconds, weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the ledger: a site, what became of it, and why."""
+
+    site: Site
+    choice: str
+    reason: str = ""                            # why not quantized / why this choice
+    refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # choice -> reasons
+    kernel: str = ""                            # the callee in the final graph
+    predicted_error: float | None = None        # relative RMS at the graph's outputs, this site alone
+    measured_error: float | None = None
+    ms_before: float | None = None
+    ms_after: float | None = None
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SolverFacts:
+    """What the solver proved: objective value, best bound, relative gap."""
+
+    status: str                                  # OPTIMAL | FEASIBLE
+    objective: tuple[str, ...]
+    value: float
+    bound: float
+    gap: float
+    seconds: float
+    scale: Mapping[str, float] = field(default_factory=dict)   # integer units per float unit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """(unit) -> choice, with the budgets, tables and measurements that led there.  A file: see plan.py."""
+
+    choices: Mapping[str, Choice]
+    ledger: tuple[Row, ...]
+    target: str
+    error: float | None = None              # relative RMS on the report part, measured
+    tolerance: float | None = None          # what was allowed, as a number
+    latency_ms: Mapping[str, float] = field(default_factory=dict)   # variant -> measured median
+    errors: Mapping[str, float] = field(default_factory=dict)       # variant -> measured error
+    winner: str = "plan"                    # the variant that was installed, and why in `notes`
+    objective: str = "latency"
+    budgets: Mapping[str, float] = field(default_factory=dict)      # tolerance, max_latency, … numbers
+    baseline: Mapping[str, float] = field(default_factory=dict)     # latency, size, … of float, whole
+    tables: Mapping[str, Table] = field(default_factory=dict)       # error, latency, size, bits, bops
+    ties: tuple[tuple[str, ...], ...] = ()                          # sites that share a choice
+    error_scale: float = 1.0                # predicted error budget / tolerance², found by bisection
+    solver: SolverFacts | None = None
+    frontier: tuple[Mapping[str, Any], ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)      # stage -> seconds
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)    # of the model: sites and shapes
+    provenance: Mapping[str, Any] = field(default_factory=dict)     # versions, device, isa, seed
+    notes: tuple[str, ...] = ()             # what was cut short, excluded, or surprising
+    tensors: Mapping[str, Any] = field(default_factory=dict)        # static scales, codes if kept

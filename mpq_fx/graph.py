@@ -1,0 +1,167 @@
+"""The few FX facts and edits that every pass shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+SITE = "mpq_site"        # meta key: the site that a node computes, kept through rewrite and lowering
+Pass = Callable[[GraphModule], int]
+
+
+def value(node: Node) -> Any:
+    """The fake value of a node: a FakeTensor, a SymInt, or a container of them."""
+    return node.meta.get("val")
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def output_of(gm: GraphModule) -> Node:
+    return next(iter(reversed(gm.graph.nodes)))
+
+
+def ops(gm: GraphModule) -> str:
+    """The calls of a graph as one line of text, for golden tests: "linear relu linear"."""
+    return " ".join(name_of(node) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def name_of(node: Node) -> str:
+    """Short name of the op a node calls: "linear", "conv2d", "mpq.quantize"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace = target.namespace
+        packet = target._schema.name.split("::")[1]
+        return packet if namespace == "aten" else f"{namespace}.{packet}"
+    return getattr(target, "__name__", str(target))
+
+
+def where(node: Node) -> str:
+    """The node and the user's source line that made it, for error messages."""
+    line = source_line(node)
+    return f"{node.format_node()}" + (f"      {line}" if line else "")
+
+
+def source_line(node: Node) -> str:
+    """ "model.py:31": the innermost user line of a node's stack trace, or ""."""
+    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if "File \"" in line]
+    if not frames:
+        return ""
+    file, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
+    return f"{file.rsplit('/', 1)[-1]}:{line}"
+
+
+def module_path(node: Node) -> str:
+    """The innermost module that owns a node, as its path in the frame: "encoder.layer.0.query"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = [*stack.values()][-1][0]
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """L['self']._modules['encoder']._modules['0'] -> encoder.0"""
+    for old, new in (("L['self']", ""), ("L['fn']", ""), ("._modules", ""), ("._parameters", ""),
+                     ("._buffers", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(old, new)
+    return path.strip(".")
+
+
+def insert_call(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any] | None = None) -> Node:
+    """A new call before `anchor`, with its provenance and with its own fake value."""
+    graph, kwargs = anchor.graph, kwargs or {}
+    with graph.inserting_before(anchor):
+        node = graph.call_function(target, args, kwargs)
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", SITE):
+        if key in anchor.meta:
+            node.meta[key] = anchor.meta[key]
+    fake_args, fake_kwargs = map_arg((args, kwargs), value)
+    with fake_mode_of(graph) or nullcontext(), torch.no_grad():
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def insert_constant(gm: GraphModule, anchor: Node, name: str, tensor: torch.Tensor) -> Node:
+    """A get_attr of a new buffer before `anchor`; an equal name gets a number."""
+    unique, count = name, 0
+    while hasattr(gm, unique):
+        count += 1
+        unique = f"{name}_{count}"
+    gm.register_buffer(unique, tensor)
+    with gm.graph.inserting_before(anchor):
+        node = gm.graph.get_attr(unique)
+    mode = fake_mode_of(gm.graph)
+    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+    return node
+
+
+def fake_mode_of(graph: Graph) -> Any:
+    """The fake mode that the graph's values live in, or None for a graph of real values."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def clone(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy that shares buffers and values, and the copy of each node.
+
+    The copy is a fresh module: without the bookkeeping attributes of Dynamo, which later passes
+    would have to keep true.
+    """
+    graph, copies = Graph(), {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return GraphModule(gm, graph), copies
+
+
+def run_passes(gm: GraphModule, passes: Sequence[Pass]) -> list[tuple[str, int]]:
+    """Apply passes in order; clean up and check after each that changed something.
+
+    `MPQ_SKIP=name,…` leaves passes out; `MPQ_FUEL=n` lets only the first n passes that change the
+    graph do so, to bisect a wrong answer.  Returns (pass name, number of changes) for the report.
+    """
+    skipped = set(filter(None, os.environ.get("MPQ_SKIP", "").split(",")))
+    fuel = int(os.environ.get("MPQ_FUEL", "-1"))
+    log: list[tuple[str, int]] = []
+    for apply in passes:
+        name = getattr(apply, "__name__", type(apply).__name__)
+        if name in skipped or fuel == 0:
+            continue
+        signature = signature_of(gm)
+        changed = apply(gm)
+        if changed:
+            fuel -= 1
+            remove_dead(gm)
+            check(gm, signature, name)
+        log.append((name, changed))
+    return log
+
+
+def remove_dead(gm: GraphModule) -> None:
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def signature_of(gm: GraphModule) -> tuple[tuple[str, ...], int]:
+    """Names of the placeholders and the number of outputs; no pass may change them."""
+    results = output_of(gm).args[0]
+    count = len(results) if isinstance(results, (tuple, list)) else 1
+    return tuple(node.name for node in placeholders(gm)), count
+
+
+def check(gm: GraphModule, signature: object, blame: str) -> None:
+    """The graph is well formed, its signature survived, and every call knows its fake value."""
+    gm.graph.lint()
+    assert signature_of(gm) == signature, f"pass {blame} changed the signature of the graph"
+    for node in gm.graph.nodes:
+        assert node.op != "call_function" or "val" in node.meta, f"pass {blame}: {node} has no value"

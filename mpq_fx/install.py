@@ -1,0 +1,96 @@
+"""plan -> installed binding, without calibration: a plan from a file, or from a graph of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.binding import Binding
+from mpq_fx.config import Config
+from mpq_fx.errors import PlanError
+from mpq_fx.facts import Choice, Plan, Site
+from mpq_fx.passes import target_named
+from mpq_fx.passes.lower.target import Target, available
+from mpq_fx.settle import lower
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+
+def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> None:
+    """Lower the plan's choices for this graph; raises PlanError where it cannot mean this model."""
+    target = available(target_named(plan.target if config.target == "auto" else config.target))
+    choices = {site.name: chosen(plan, site, binding.site_names[site.name], target)
+               for site in graph.sites}
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        installed, _ = lower(graph, target, binding.values(), choices,
+                             scales_of(plan, binding.site_names))
+    binding.install(installed, plan)
+
+
+def chosen(plan: Plan, site: Site, name: str, target: Target) -> Choice:
+    """The plan's choice for one site, checked against the site and the target."""
+    known = plan.fingerprint["sites"].get(name)
+    if known is None:
+        raise PlanError(f"the plan has no site {name!r} ({site.op})", at=site.source,
+                        fix="tune this model: mpq_fx.tune(model, batches)")
+    for fact, here in (("op", site.op), ("weight_shape", list(site.weight_shape)),
+                       ("dtype", site.dtype)):
+        if known[fact] != here:
+            raise PlanError(f"{name}: the plan was made for {fact} {known[fact]}, "
+                            f"this model has {here}", at=site.source,
+                            fix="tune this model: mpq_fx.tune(model, batches)")
+    choice = plan.choices[name]
+    reasons = () if choice.weight == site.dtype else tuple(target.refuse(site, choice))
+    if reasons:
+        raise PlanError(f"{name}: {choice} cannot run on {target.name} here: {'; '.join(reasons)}",
+                        fix="tune again on this machine, or plan.resolve(...) on the one it is from")
+    return choice
+
+
+def scales_of(plan: Plan, names: Mapping[str, str]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Static scales of a plan under the names that sites have in this graph."""
+    local = {name: site for site, name in names.items()}
+    found = {}
+    for key, tensor in plan.tensors.items():
+        name, _, rest = key.partition("|")
+        fmt, _, kind = rest.partition("|")
+        if kind == "scale" and name in local:
+            found[local[name], fmt] = tensor, plan.tensors[f"{name}|{fmt}|zero"]
+    return found
+
+
+def donor(binding: Binding, others: Iterable[Binding]) -> Plan | None:
+    """A solved plan of another graph that names every site of this one, on the very same weights."""
+    mine = {id(ref()) for ref in binding.parameters}
+    for other in others:
+        if other is binding or other.plan is None or other.installed is None:
+            continue
+        theirs = {id(ref()) for ref in other.parameters}
+        if mine <= theirs and set(binding.site_names.values()) <= set(other.plan.choices):
+            return other.plan
+    return None
+
+
+def release(binding: Binding) -> int:
+    """Free the float weights that only constants were made from; returns the bytes freed.
+
+    Sizes and strides stay as they are, so that Dynamo's guards still hold; the contents are gone.
+    """
+    installed = binding.installed
+    assert installed is not None
+    live = {binding_name for binding_name in installed.live_names}
+    freed = 0
+    for name, tensor in binding.values().items():
+        if name in binding.watched and name not in live:
+            storage = tensor.untyped_storage()
+            freed += storage.nbytes()
+            storage.resize_(0)
+    binding.released, binding.watch = True, None
+    return freed
+
+
+Welcome = Callable[[Binding, Config], Any]

@@ -1,0 +1,180 @@
+"""observe -> solve -> run, per binding: what happens on each call of one compiled graph."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes
+from mpq_fx.config import Config
+from mpq_fx.errors import MpqError
+from mpq_fx.facts import Site
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+log = logging.getLogger("mpq_fx")
+
+LIFECYCLES: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
+OBSERVING = "observing"
+PATIENCE = 8            # times calibration_calls without enough distinct ones: say so
+
+
+class Lifecycle:
+    """The callable that Dynamo keeps for one graph; calls look up their binding and run it."""
+
+    def __init__(self, graph: Graph, run_float: Callable[..., Any], config: Config, *,
+                 optimize: Callable[[Binding, Config], None] | None = None,
+                 welcome: Callable[[Lifecycle, Binding], None] | None = None, reason: str = "") -> None:
+        self.graph, self.run_float, self.config, self.reason = graph, run_float, config, reason
+        self.sites: tuple[Site, ...] = graph.sites
+        self.bindings: dict[tuple[int, ...], Binding] = {}
+        self._optimize, self._welcome = optimize, welcome
+        self._fixed = frozenset(graph.parameters)
+        self._pick = operator.itemgetter(*graph.parameters) if graph.parameters else None
+        self._lock = threading.RLock()
+        LIFECYCLES.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = self._parameters(args)
+        binding = self._find(parameters)
+        if binding.installed is None and binding.reason == OBSERVING:
+            self._observe(binding, args)
+        if binding.trial is not None:
+            return binding.trial(args)
+        if binding.installed is not None:
+            return self._run(binding, parameters, args)
+        if binding.released:
+            raise MpqError("this call needs the float weights, which apply(release=True) freed",
+                           fix="apply the plan without release=True")
+        return self.run_float(*args)
+
+    def finalize(self, binding: Binding) -> None:
+        """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can go on."""
+        assert self._optimize is not None
+        with binding.lock:
+            if binding.reason != OBSERVING:
+                return
+            binding.reason = "solving"
+            try:
+                self._optimize(binding, self.config)
+            except MpqError as error:
+                binding.keep_float(error.what)
+                if self.config.on_error == "raise":
+                    raise
+                log.warning("staying in float: %s", error)
+            except BaseException:
+                binding.installed, binding.reason = None, OBSERVING
+                raise
+
+    def _parameters(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        if self._pick is None:
+            return ()
+        return self._pick(args) if len(self._fixed) > 1 else (self._pick(args),)
+
+    def _find(self, parameters: tuple[Tensor, ...]) -> Binding:
+        """The binding of these very tensors; ids are reused, so identity is checked as well."""
+        key = tuple(map(id, parameters))
+        binding = self.bindings.get(key)
+        if binding is not None and all(map(_same, binding.parameters, parameters)):
+            return binding
+        with self._lock:
+            return self._rebind(key, parameters)
+
+    def _rebind(self, key: tuple[int, ...], parameters: tuple[Tensor, ...]) -> Binding:
+        """A new binding, or the old one where dead parameters were replaced (assign=True)."""
+        for old_key, old in list(self.bindings.items()):
+            pairs = list(zip(old.parameters, parameters, strict=True))
+            if all(ref() is None or ref() is p for ref, p in pairs):
+                del self.bindings[old_key]
+                if any(ref() is p for ref, p in pairs) or len(pairs) == 1:
+                    return self._adopt(key, old, parameters)
+        names = [self.graph.names[k] for k in self.graph.parameters]
+        binding = bind(names, parameters, {site.name: site.name for site in self.sites})
+        if self.reason or not self.sites:
+            binding.reason = self.reason or "nothing here can run in another precision"
+        self.bindings[key] = binding
+        if self._welcome is not None:
+            self._welcome(self, binding)
+        return binding
+
+    def _adopt(self, key: tuple[int, ...], old: Binding, parameters: tuple[Tensor, ...]) -> Binding:
+        old.parameters = tuple(weakref.ref(p) for p in parameters)
+        self.bindings[key] = old
+        old.refresh()
+        return old
+
+    def _run(self, binding: Binding, parameters: tuple[Tensor, ...], args: Sequence[Any]) -> Any:
+        installed = binding.installed
+        assert installed is not None
+        binding.freshen(dict(zip(binding.names, parameters, strict=True)))
+        if not installed.accepts(args):
+            return self.run_float(*args)
+        return installed.run(*[args[k] for k in installed.live])
+
+    def _observe(self, binding: Binding, args: Sequence[Any]) -> None:
+        """Keep the inputs of a call that tells something new; solve when there are enough."""
+        if not binding.lock.acquire(blocking=False):
+            return                              # another thread observes or solves: run on in float
+        try:
+            if binding.reason == OBSERVING:
+                self._keep(binding, self._record(args))
+                self._solve_if_ready(binding)
+        finally:
+            binding.lock.release()
+
+    def _keep(self, binding: Binding, record: tuple[Any, ...]) -> None:
+        binding.calls += 1
+        if not is_telling(record) or any(_equal(record, r) for r in binding.records):
+            return
+        kept = sum(map(record_bytes, binding.records))
+        if not binding.records or kept + record_bytes(record) <= RECORD_BYTES:
+            binding.records.append(record)
+
+    def _solve_if_ready(self, binding: Binding) -> None:
+        enough, seen = self.config.calibration_calls, len(binding.records)
+        if seen >= enough:
+            log.info("calibrated with %d calls; solving for at most %.0f s", seen,
+                     self.config.time_budget)
+            self.finalize(binding)
+        elif binding.calls == PATIENCE * enough:
+            log.warning("only %d of %d calls were distinct, so mpq still observes; "
+                        "mpq_fx.finalize(model) plans with those", seen, binding.calls)
+
+    def _record(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Copies of the arguments that are not parameters; a mutated buffer is copied too."""
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(None if k in self._fixed else _copy(arg)
+                         for k, arg in enumerate(args))
+
+
+def is_telling(record: Sequence[Any]) -> bool:
+    """Does a call say anything about the data: some finite tensor that is not one value repeated?"""
+    tensors = [x for x in record if isinstance(x, Tensor) and not x.is_meta]
+    if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors):
+        return False
+    if any(x.numel() == 0 for x in tensors):
+        return False
+    return not tensors or any(x.numel() == 1 or bool((x != x.flatten()[0]).any()) for x in tensors)
+
+
+def _copy(arg: Any) -> Any:
+    return arg.detach().clone() if isinstance(arg, Tensor) else arg
+
+
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(
+        (x.shape == y.shape and torch.equal(x, y)) if isinstance(x, Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _same(ref: weakref.ref[Tensor], parameter: Tensor) -> bool:
+    return ref() is parameter

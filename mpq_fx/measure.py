@@ -1,0 +1,146 @@
+"""binding -> tables: what each site reads, what each choice costs in error, milliseconds and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.binding import Binding
+from mpq_fx.clock import Clock
+from mpq_fx.config import Config
+from mpq_fx.errors import CalibrationError, WeightError
+from mpq_fx.facts import Choice, Site, Table
+from mpq_fx.formats import format_named
+from mpq_fx.passes import METRICS, target_named
+from mpq_fx.passes.analyze.cost import latency, sizes
+from mpq_fx.passes.analyze.observe import Observed, concrete, observe, static_scales
+from mpq_fx.passes.analyze.propose import Proposal, propose
+from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
+from mpq_fx.passes.lower.target import Target, available
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+Record = Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The recorded calls, split: static ranges from `fit`, choices from `choose`, the error that is
+    reported from `report`; with fewer than three calls the parts overlap and the plan says so."""
+
+    fit: tuple[Record, ...]
+    choose: tuple[Record, ...]
+    report: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything the search needs; units are the names of sites in the model."""
+
+    target: Target
+    sites: tuple[Site, ...]                  # with the sizes of a recorded call
+    values: Mapping[str, Tensor]
+    parts: Parts
+    replay: Replayer
+    proposal: Proposal
+    observed: Mapping[str, Observed]
+    references: tuple[list[Any], ...]        # float outputs of the choose part
+    tolerance: float | None
+    yardstick: float | None                  # error of the whole model in bfloat16
+    tables: Mapping[str, Table]
+    ties: tuple[tuple[str, ...], ...]
+    excluded: frozenset[int]                 # outputs that are caches
+
+
+def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Measured:
+    """Observe, propose and measure one binding."""
+    target, values = available(target_named(config.target)), binding.values()
+    check_finite(values, graph.paths)
+    records = [complete(graph, record, values) for record in binding.records]
+    parts = split(records)
+    replay = replayer(graph.gm, graph.sites, values)
+    with clock.stage("observe"):
+        seen = observe(replay, parts.fit)
+        proposal = propose(graph.sites, target, names=binding.site_names, rules=config.formats,
+                           observed=frozenset(seen), calls=len(records))
+        replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
+        references = tuple(replay.run(record, {}) for record in parts.choose)
+    with clock.stage("yardstick"):
+        yardstick = bfloat16_error(graph, values, parts.choose, references)
+    with clock.stage("error table"):
+        error = METRICS[config.sensitivity](replay, proposal.options, parts.choose,
+                                            excluded=graph.caches, deadline=clock.deadline(0.4))
+    with clock.stage("latency table"):
+        sites = concrete(replay, graph.sites, parts.choose[0])
+        ms = latency(sites, proposal.options, target, cache_dir=config.cache_dir)
+    if error.provenance["records"] < len(parts.choose):
+        clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
+    tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
+    return Measured(target, sites, values, parts, replay, proposal, seen, references,
+                    tolerance_of(config, yardstick), yardstick, tables, ties(graph, proposal),
+                    graph.caches)
+
+
+def split(records: Sequence[Record]) -> Parts:
+    """Half of the calls to fit, a quarter each to choose and to report."""
+    if not records:
+        raise CalibrationError("no usable calibration call was seen: all were empty, constant or "
+                               "not finite", fix="call the model on real inputs first")
+    quarter = max(1, len(records) // 4)
+    fit = records[: max(1, len(records) - 2 * quarter)]
+    choose, report = records[-2 * quarter : -quarter], records[-quarter:]
+    return Parts(tuple(fit), tuple(choose or records[:1]), tuple(report))
+
+
+def complete(graph: Graph, record: Record, values: Mapping[str, Tensor]) -> Record:
+    """A recorded call with the present parameters put back in their places."""
+    return tuple(values[graph.names[k]] if k in graph.parameters else x
+                 for k, x in enumerate(record))
+
+
+def check_finite(values: Mapping[str, Tensor], paths: Mapping[str, str]) -> None:
+    for name, tensor in values.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightError(f"the weight {paths.get(name, name)} holds NaN or inf",
+                              fix="load a checkpoint whose weights are finite")
+
+
+def static_formats(proposal: Proposal) -> list[Any]:
+    names = {c.activation for kept in proposal.options.values() for c in kept
+             if c.scaling == "static"}
+    return [format_named(name) for name in sorted(names)]
+
+
+def bfloat16_error(graph: Graph, values: Mapping[str, Tensor], records: Sequence[Record],
+                   references: Sequence[list[Any]]) -> float:
+    """Error of the whole model in bfloat16; of a 16-bit model, its own error against float32."""
+    raw = replayer(graph.raw, (), values)
+    halves = {site.dtype for site in graph.sites} - {"float32", "float64"}
+    dtype = torch.float32 if halves else torch.bfloat16
+    errors = [output_error(run_in(raw, record, dtype), reference, graph.caches)
+              for record, reference in zip(records, references, strict=True)]
+    return max(errors)
+
+
+def tolerance_of(config: Config, yardstick: float) -> float | None:
+    return yardstick if config.tolerance == "bf16" else config.tolerance   # type: ignore[return-value]
+
+
+def ties(graph: Graph, proposal: Proposal) -> tuple[tuple[str, ...], ...]:
+    """Linear sites that read one tensor take one choice, so that they run as one matmul."""
+    groups: dict[str, list[str]] = {}
+    for site in graph.sites:
+        if site.group and site.op == "linear":
+            groups.setdefault(f"{site.group} {proposal.options[site.name]}", []).append(site.name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def parse(proposal: Proposal, assignment: Mapping[str, str]) -> dict[str, Choice]:
+    """{site: option name} -> {site: Choice}"""
+    return {site: next(c for c in proposal.options[site] if c.name == name)
+            for site, name in assignment.items()}

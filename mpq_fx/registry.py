@@ -1,0 +1,97 @@
+"""Which compiled graphs belong to a model: found by the identities of its parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from mpq_fx.binding import Binding
+from mpq_fx.errors import MpqError
+from mpq_fx.facts import Plan, Site
+from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+
+
+ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()      # models that a user handed over
+
+
+def naming_root(binding: Binding, frame: torch.nn.Module | None) -> torch.nn.Module | None:
+    """The model that names a binding's sites: one the user handed over, else the compiled frame's."""
+    mine = {id(ref()) for ref in binding.parameters}
+    for root in (*ROOTS, *([frame] if frame is not None else [])):
+        if mine <= {id(t) for t in (*root.parameters(), *root.buffers())}:
+            return root
+    return None
+
+
+def all_bindings() -> list[Binding]:
+    return [b for lifecycle in LIFECYCLES for b in list(lifecycle.bindings.values())]
+
+
+def root_of(compiled: Any) -> torch.nn.Module:
+    """The module behind what the user holds: a compiled wrapper, a module, or its bound forward."""
+    for candidate in (getattr(compiled, "_orig_mod", None), compiled,
+                      getattr(compiled, "__self__", None),
+                      getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)):
+        if isinstance(candidate, torch.nn.Module):
+            return getattr(candidate, "_orig_mod", candidate)
+    raise MpqError(f"{type(compiled).__name__} is not a compiled module",
+                   fix='model = torch.compile(model, backend="mpq")')
+
+
+def bindings_of(compiled: Any) -> list[tuple[Lifecycle, Binding]]:
+    """Every (graph, binding) whose parameters all belong to the model, in order of first call."""
+    root = root_of(compiled)
+    owned = {id(t) for t in (*root.parameters(), *root.buffers())}
+    found = [(lifecycle, binding) for lifecycle in LIFECYCLES
+             for binding in list(lifecycle.bindings.values())
+             if binding.parameters and all(id(ref()) in owned for ref in binding.parameters)]
+    return sorted(found, key=lambda pair: pair[1].order)
+
+
+def site_names(sites: Sequence[Site], binding: Binding, root: torch.nn.Module) -> dict[str, str]:
+    """{site in the graph: qualified name in the model}; a weight with two names keeps the first.
+
+    A site without a weight keeps its module path; names that would clash get a number.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), name)
+    values = binding.values()
+    found, taken = {}, set()
+    for site in sites:
+        owner = names.get(id(values.get(site.weight or "")), "")
+        wanted = owner.rpartition(".")[0] or owner.removesuffix(".weight") or site.name
+        unique = next(n for n in _numbered(wanted) if n not in taken)
+        taken.add(unique)
+        found[site.name] = unique
+    return found
+
+
+def entries(compiled: Any) -> list[tuple[str, Plan | None, str]]:
+    """(label of the graph, its plan or None, why it runs in float or "")"""
+    found = []
+    for k, (lifecycle, binding) in enumerate(bindings_of(compiled)):
+        reason = lifecycle.reason or binding.reason
+        found.append((f"graph {k}", binding.plan, reason))
+    return found
+
+
+def totals(compiled: Any) -> dict[str, int]:
+    """Parameters of the model, and how many of them some captured graph reads."""
+    root = root_of(compiled)
+    captured = {id(ref()) for lifecycle, binding in bindings_of(compiled) if not lifecycle.reason
+                for ref in binding.parameters}
+    parameters = list(root.parameters())
+    return {"parameters": sum(p.numel() for p in parameters),
+            "captured": sum(p.numel() for p in parameters if id(p) in captured)}
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    count = 2
+    while True:
+        yield f"{name}#{count}"
+        count += 1

@@ -1,0 +1,226 @@
+"""Report -> text for a terminal: one line per site, footnotes for reasons, then the totals"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mpq_fx.report import (
+    Entry,
+    Report,
+    Share,
+    coverage,
+    dynamo_lines,
+    headline,
+    offers,
+    reasons,
+    speaks_of,
+)
+from mpq_fx.facts import Plan, Row
+
+WIDE = 110  # from here on there is room for shapes and kernels
+FOOTNOTES = 12  # reasons listed; to_json() and to_html() have all
+
+
+def text(report: Report, width: int) -> str:
+    """The report as plain text of at most `width` columns."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, color_system=None, legacy_windows=False)
+    console.print(rendered(report, width))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def rendered(report: Report, width: int) -> RenderableType:
+    """The report for a rich console of `width` columns."""
+    parts: list[RenderableType] = []
+    for entry in report.entries:
+        parts += _entry(entry, width)
+    if not report.entries:
+        parts.append(Text('no graph was compiled with backend="mpq" yet: call the model first'))
+    if shares := coverage(report):
+        parts += [_title("Coverage"), _coverage(shares)]
+    if lines := dynamo_lines(report.dynamo):
+        parts += [_title("Dynamo"), *map(_bullet, lines)]
+    return Group(*parts)
+
+
+def _entry(entry: Entry, width: int) -> Iterator[RenderableType]:
+    plan = entry.plan
+    if plan is None:
+        yield _title(entry.label)
+        yield _bullet(f"float: {entry.reason}")
+        return
+    yield _title(f"{entry.label} · target {plan.target}")
+    yield Text(headline(plan))
+    if entry.reason:
+        yield _bullet(f"runs in float: {entry.reason}")
+    notes = {reason: k + 1 for k, reason in enumerate(reasons(plan.ledger))}
+    yield _sites(plan.ledger, notes, width)
+    yield from _footnotes(plan, notes)
+    yield from _race(plan)
+    yield from _more(plan)
+    yield from _facts(plan)
+
+
+def _sites(rows: tuple[Row, ...], notes: Mapping[str, int], width: int) -> Table:
+    wide, measured = width >= WIDE, any(row.measured_error is not None for row in rows)
+    table = _table()
+    table.add_column("site", no_wrap=True)
+    if wide:
+        table.add_column("weight", no_wrap=True)
+    table.add_column("choice", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    if measured and wide:
+        table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("kernel", no_wrap=True, max_width=20)
+    table.add_column("why", no_wrap=not wide, max_width=10)
+    for row in rows:
+        cells = [shorten(row.site.name, 34 if wide else 26)]
+        cells += [shape(row.site.weight_shape)] if wide else []
+        cells += [shorten(row.choice, 26), _error(row.predicted_error)]
+        cells += [_error(row.measured_error)] if measured and wide else []
+        cells.append(_change(row))
+        cells += [row.kernel.rpartition(".")[2]] if wide else []
+        cells.append(
+            " ".join(
+                str(k) for reason, k in notes.items() if k <= FOOTNOTES and speaks_of(row, reason)
+            )
+        )
+        table.add_row(*cells, style="" if row.choice != row.site.dtype else "dim")
+    return table
+
+
+def _footnotes(plan: Plan, notes: Mapping[str, int]) -> Iterator[RenderableType]:
+    """The numbers of column "why": reasons, and the choices that they speak against."""
+    against = reasons(plan.ledger)
+    for reason, k in list(notes.items())[:FOOTNOTES]:
+        sites = sum(speaks_of(row, reason) for row in plan.ledger)
+        whom = ", ".join(against[reason][:3]) + (", …" if len(against[reason]) > 3 else "")
+        named = f"not {whom}: " if whom else "in float: "
+        yield Padding(Text(f"{k:>2}  {named}{reason} ({_count(sites, 'site')})"), (0, 0, 0, 2))
+    if len(notes) > FOOTNOTES:
+        yield _bullet(f"{len(notes) - FOOTNOTES} more reasons: to_json() and to_html() have all")
+
+
+def _race(plan: Plan) -> Iterator[RenderableType]:
+    """Every variant that was raced or refused, and which one runs."""
+    names = sorted(
+        {*plan.latency_ms, *plan.errors}, key=lambda n: (plan.latency_ms.get(n, float("inf")), n)
+    )
+    if not names:
+        return
+    table = _table()
+    for column in ("variant", "ms", "error", ""):
+        table.add_column(column, justify="right" if column in ("ms", "error") else "left")
+    for name in names:
+        ms, error = plan.latency_ms.get(name), plan.errors.get(name)
+        table.add_row(
+            name,
+            "-" if ms is None else f"{ms:.3g}",
+            _error(error),
+            _verdict(plan, name),
+            style="bold" if name == plan.winner else "",
+        )
+    yield _title("Raced end to end")
+    yield table
+
+
+def _verdict(plan: Plan, name: str) -> str:
+    if name == plan.winner:
+        return "runs"
+    error = plan.errors.get(name)
+    if plan.tolerance is not None and error is not None and error > plan.tolerance:
+        return f"error above the {plan.tolerance:.3g} allowed"
+    return "" if name in plan.latency_ms else "not raced"
+
+
+def _more(plan: Plan) -> Iterator[RenderableType]:
+    if found := offers(plan):
+        yield _title("What more is possible (predicted)")
+        yield from (_bullet(step.line) for step in found)
+
+
+def _facts(plan: Plan) -> Iterator[RenderableType]:
+    if plan.solver:
+        s = plan.solver
+        proof = "proved best" if s.status == "OPTIMAL" else f"at most {s.gap:.2%} from the best"
+        yield _title("Solver")
+        yield _bullet(
+            f"{s.status.lower()} ({proof}): {s.objective[0]} {s.value:.4g}, bound "
+            f"{s.bound:.4g}, gap {s.gap:.2%}, {s.seconds:.2g} s"
+        )
+    if plan.timings:
+        spent = sorted(plan.timings.items(), key=lambda item: -item[1])
+        yield _title(f"Time spent: {sum(plan.timings.values()):.3g} s")
+        yield _bullet(" · ".join(f"{name} {seconds:.2g} s" for name, seconds in spent))
+    if plan.notes:
+        yield _title("Notes")
+        yield from map(_bullet, plan.notes)
+
+
+def _coverage(shares: tuple[Share, ...]) -> Table:
+    table = _table()
+    for column in ("precision", "sites", "MACs", "weights", "bytes"):
+        table.add_column(column, justify="left" if column == "precision" else "right")
+    for share in shares:
+        table.add_row(
+            share.choice,
+            str(share.sites or "-"),
+            "-" if share.macs is None else f"{share.macs:.1%}",
+            f"{share.weights:.1%}",
+            f"{megabytes(share.bytes_before)} -> {megabytes(share.bytes_after)}",
+        )
+    return table
+
+
+def shorten(name: str, limit: int) -> str:
+    """The end of a path tells most: "encoder.layer.10.output" -> "en…layer.10.output"."""
+    return name if len(name) <= limit else f"{name[:3]}…{name[len(name) - limit + 4 :]}"
+
+
+def shape(sizes: tuple[object, ...]) -> str:
+    return "×".join(map(str, sizes)) or "-"
+
+
+def megabytes(count: float) -> str:
+    """ "85.1 MB", "3.0 kB" """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _change(row: Row) -> str:
+    if row.ms_before is None or row.ms_after is None:
+        return "-"
+    if row.ms_before == row.ms_after:
+        return f"{row.ms_after:.3f}"
+    return f"{row.ms_before:.3f} > {row.ms_after:.3f}"
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+
+
+def _title(words: str) -> Text:
+    return Text(f"\n{words}", style="bold")
+
+
+def _bullet(words: str) -> Padding:
+    return Padding(Text(words), (0, 0, 0, 2))

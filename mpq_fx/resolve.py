@@ -1,0 +1,239 @@
+"""plan, other budgets -> plan: argmin over the tables that a plan carries; no model, no data.
+
+What comes out is predicted: a plan is measured where it is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mpq_fx.config import Config, nearest
+from mpq_fx.encoding import parse_choice
+from mpq_fx.errors import ConfigError, InfeasibleError, PlanError
+from mpq_fx.facts import Plan, Row, SolverFacts
+from mpq_fx.passes.allocate.cp_sat import solve
+from mpq_fx.passes.allocate.frontier import frontier as non_dominated
+from mpq_fx.passes.allocate.infeasible import OPTION, diagnose
+from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
+from mpq_fx.problem import RESOURCES, numbers, problem
+
+WISHES = ("objective", "tolerance", *RESOURCES)
+UNIT = {"max_latency": " ms", "max_size": " bytes"}
+PREDICTED = "predicted from the stored tables, not measured"
+
+
+def resolve(plan: Plan, **wishes: Any) -> Plan:
+    """argmin objective s.t. budgets, with the options in `wishes` in place of the plan's own.
+
+    `wishes`: objective, tolerance, max_latency, max_size, max_bits, max_bops, as in Config ("0.5x"
+    is of the float model).  A wish of None lifts a budget; one that is not named stays.
+    """
+    _check_tables(plan)
+    config = _config(plan, wishes)
+    unused = dict.fromkeys(RESOURCES.values(), math.nan)  # of what no budget speaks
+    budgets = numbers(config, {**unused, **plan.baseline})
+    if config.tolerance is not None:
+        budgets["tolerance"] = float(config.tolerance)
+    asked = _problem(plan, config.objective, budgets)
+    try:
+        solution = solve(asked)
+    except InfeasibleError as error:
+        raise _unreachable(plan, asked) from error
+    return _resolved(plan, config, budgets, solution)
+
+
+def frontier(
+    plan: Plan, resource: str = "latency", points: int = 9, *, time_limit: float = 10.0
+) -> tuple[dict[str, Any], ...]:
+    """{(resource, error)} that no other plan improves on, cheapest first; what to type for each.
+
+    A point holds the predicted error, every resource of the whole model, and the `options`.
+    """
+    _check_tables(plan)
+    if resource not in plan.tables or resource == ERROR:
+        valid = [name for name in plan.tables if name != ERROR]
+        raise ConfigError(
+            f"{resource!r} is not a resource of this plan", fix=nearest(resource, valid)
+        )
+    budgets = {
+        n: v for n, v in plan.budgets.items() if n != "tolerance" and RESOURCES[n] != resource
+    }
+    found = non_dominated(_problem(plan, plan.objective, budgets), resource, points, time_limit)
+    objective = {"size": {"objective": "size"}}.get(resource, {})
+    return tuple(_point(plan, resource, objective, solution) for solution in found)
+
+
+def _point(
+    plan: Plan, resource: str, objective: Mapping[str, str], solution: Solution
+) -> dict[str, Any]:
+    values = predicted(plan, solution.values)
+    tolerance = _round_up(values[ERROR])
+    options = {**objective, "tolerance": tolerance} if tolerance > 0 else {}
+    return {"resource": resource, **values, "options": options}
+
+
+def predicted(plan: Plan, values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over units -> the whole model: error = √(Σ noise power / scale), others + the fixed."""
+    return {name: _in_user_units(plan, name, value) for name, value in values.items()}
+
+
+def _in_user_units(plan: Plan, name: str, value: float) -> float:
+    if name == ERROR:
+        return math.sqrt(max(value, 0.0) / plan.error_scale)
+    return value + _fixed(plan, name)
+
+
+def _fixed(plan: Plan, name: str) -> float:
+    """What the float model uses outside the units; 0 for mean bits, which speak of units only."""
+    if name == "bits":
+        return 0.0
+    table = plan.tables[name].values
+    return plan.baseline[name] - sum(table[key] for key in _floats(plan).items())
+
+
+def _floats(plan: Plan) -> dict[str, str]:
+    """unit -> its first option: the precision of the user's model."""
+    first: dict[str, str] = {}
+    for unit, option in plan.tables[ERROR].values:
+        first.setdefault(unit, option)
+    return first
+
+
+def _check_tables(plan: Plan) -> None:
+    if ERROR not in plan.tables or not plan.tables[ERROR].values:
+        raise PlanError(
+            "this plan holds no error table, so nothing can be solved again",
+            fix="tune the model again with the wanted options",
+        )
+
+
+def _config(plan: Plan, wishes: Mapping[str, Any]) -> Config:
+    """The plan's own wishes as numbers, with those that the caller names in their place."""
+    for name in wishes:
+        if name not in WISHES:
+            raise ConfigError(f"unknown option {name!r}", fix=nearest(name, WISHES))
+    if wishes.get("tolerance") == "bf16":
+        raise ConfigError(
+            "the error of bfloat16 is not in the tables of a plan",
+            fix="a number, for example tolerance=0.02",
+        )
+    kept = {name: plan.budgets.get(name) for name in WISHES[1:]}
+    config = Config(**{"objective": plan.objective, **kept, **wishes})
+    for name, resource in RESOURCES.items():
+        known = resource in plan.tables and resource in plan.baseline
+        if getattr(config, name) is not None and not known:
+            raise ConfigError(
+                f"this plan holds no table of {resource}, so {name} cannot be met",
+                fix=f"leave {name} out, or tune again",
+            )
+    return config
+
+
+def _problem(plan: Plan, objective: str, budgets: Mapping[str, float]) -> Problem:
+    """The stored tables as a problem; a budget below what is fixed in the model is out of reach."""
+    for name, value in budgets.items():
+        fixed = _fixed(plan, RESOURCES[name]) if name in RESOURCES else 0.0
+        if value < fixed:
+            raise InfeasibleError(
+                f"no plan meets {name} <= {value:g}{UNIT.get(name, '')}: {fixed:g} of it are used "
+                "by parts of the model that have no choice",
+                at="budgets",
+                fix=f"a {name} above {fixed:g}",
+            )
+    return problem(
+        plan.tables,
+        objective=objective,
+        budgets=budgets,
+        baseline=plan.baseline,
+        ties=plan.ties,
+        scale=plan.error_scale,
+    )
+
+
+def _unreachable(plan: Plan, asked: Problem) -> InfeasibleError:
+    """The solver's diagnosis in the user's own words and units."""
+    found = diagnose(asked)
+
+    def words(name: str, value: float) -> str:
+        option = OPTION[name]
+        return f"{option} <= {_in_user_units(plan, name, value):.4g}{UNIT.get(option, '')}"
+
+    lines = ["no plan meets " + " and ".join(words(n, asked.budgets[n]) for n in found.conflict)]
+    for name in found.conflict:
+        reachable = [words(name, found.alone[name])]
+        if len(asked.budgets) > 1 and found.kept[name] < math.inf:
+            reachable.append(words(name, found.kept[name]) + " with the other budgets kept")
+        lines.append("    within reach: " + ", ".join(reachable))
+    grown = {
+        OPTION[n]: _round_up(_in_user_units(plan, n, at), digits=4)
+        for n, at in found.reachable.items()
+        if at > asked.budgets[n]
+    }
+    fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
+    return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
+
+
+def _round_up(value: float, digits: int = 2) -> float:
+    """The next number of so many digits: what is printed must be enough when typed."""
+    if value <= 0.0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}")
+
+
+def _resolved(plan: Plan, config: Config, budgets: Mapping[str, float], solution: Solution) -> Plan:
+    """The old plan with new choices; everything that was measured on the old choices is dropped."""
+    values = predicted(plan, solution.values)
+    summary = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return replace(
+        plan,
+        choices={unit: parse_choice(name, at=unit) for unit, name in solution.assignment.items()},
+        ledger=tuple(_row(plan, row, solution.assignment) for row in plan.ledger),
+        error=None,
+        tolerance=budgets.get("tolerance"),
+        latency_ms={},
+        errors={},
+        winner="plan",
+        objective=config.objective,
+        budgets=dict(budgets),
+        solver=solver_facts(solution),
+        timings={"solve": round(solution.seconds, 3)},
+        provenance={**plan.provenance, "predicted": values},
+        notes=(f"solved again without data: {summary} ({PREDICTED})",),
+    )
+
+
+def solver_facts(solution: Solution) -> SolverFacts:
+    """What a Solution proves, as a plan keeps it."""
+    return SolverFacts(
+        solution.status,
+        solution.objective,
+        solution.values[solution.objective[0]],
+        solution.bound,
+        solution.gap,
+        solution.seconds,
+        dict(solution.scale),
+    )
+
+
+def _row(plan: Plan, row: Row, assignment: Mapping[str, str]) -> Row:
+    """The line of a site under its new choice, from the tables; others stay as they are."""
+    unit = row.site.name
+    if unit not in assignment:
+        return row
+    name = assignment[unit]
+    error, ms = plan.tables[ERROR].values[unit, name], plan.tables.get("latency")
+    size = plan.tables.get("size")
+    return replace(
+        row,
+        choice=name,
+        reason=row.reason if name == row.choice else "",
+        kernel=row.kernel if name == row.choice else "",
+        predicted_error=math.sqrt(max(error, 0.0)),
+        measured_error=None,
+        ms_after=ms.values[unit, name] if ms else None,
+        weight_bytes=int(size.values[unit, name]) if size else row.weight_bytes,
+    )

@@ -1,0 +1,191 @@
+"""The plan against simpler ones, all lowered equally well: the best that is allowed is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpq_fx.binding import Installed
+from mpq_fx.clock import Clock
+from mpq_fx.config import Config
+from mpq_fx.facts import Choice
+from mpq_fx.formats import format_named
+from mpq_fx.graph import clone, placeholders
+from mpq_fx.measure import Measured, parse
+from mpq_fx.passes.allocate import is_feasible
+from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.lower.constants import fold_constants
+from mpq_fx.passes.lower.target import Kernels, Target
+from mpq_fx.passes.rewrite import rewrite
+from mpq_fx.problem import problem
+from mpq_fx.search import Found, joint_error, search
+from mpq_fx.sizes import size_guard
+from mpq_fx.verify import Timing, pick, race
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+RETRIES = 3              # solves with a tighter tolerance when kernels round worse than the replay
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An assignment, compiled, with its error measured on what really runs.
+
+    `installed` is None for the user's own float model under Inductor.
+    """
+
+    name: str
+    assignment: Mapping[str, str]
+    installed: Installed | None
+    kernels: Kernels
+    error: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """All variants that are allowed, their times, and the one to run."""
+
+    variants: Mapping[str, Variant]
+    errors: Mapping[str, float]              # of refused ones too
+    timings: Mapping[str, Timing]
+    winner: Variant
+    found: Found
+
+
+def settle(graph: Graph, measured: Measured, found: Found, config: Config, clock: Clock,
+           run_float: Callable[..., Any]) -> Settled:
+    """Compile the plan and each uniform plan that is allowed, race them, keep the best."""
+    plan, found = _meet_tolerance(graph, measured, found, config, clock)
+    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    variants = {"plan": plan, "inductor float": Variant("inductor float", floats, None, {}, 0.0)}
+    errors = {"plan": plan.error, "inductor float": 0.0}
+    if not measured.target.is_timed:
+        return Settled({"plan": plan}, errors, {}, plan, found)
+    for name, assignment in contenders(measured).items():
+        errors[name] = joint_error(measured, assignment)
+        if _is_repeated(assignment, variants) or not _is_allowed(measured, found, assignment,
+                                                                 errors[name]):
+            continue
+        if clock.is_past():
+            clock.cut(f"{name!r} was not compiled for comparison")
+            continue
+        with clock.stage("compile"):
+            variant = build(graph, measured, name, assignment)
+        errors[name] = variant.error
+        if measured.tolerance is None or variant.error <= measured.tolerance:
+            variants[name] = variant
+    if not _is_allowed(measured, found, floats, 0.0):
+        del variants["inductor float"]
+    record = measured.parts.choose[0]
+    with clock.stage("race"):
+        timings = race({name: caller(v.installed, record) if v.installed else
+                        lambda: run_float(*record) for name, v in variants.items()})
+    winner = _winner(config, found, variants, timings)
+    return Settled(variants, errors, timings, variants[winner], found)
+
+
+def _meet_tolerance(graph: Graph, measured: Measured, found: Found, config: Config, clock: Clock
+                    ) -> tuple[Variant, Found]:
+    """Build the plan; where kernels round worse than the replay, search again a little tighter."""
+    for _ in range(RETRIES):
+        with clock.stage("compile"):
+            plan = build(graph, measured, "plan", found.candidate.solution.assignment)
+        if measured.tolerance is None or plan.error <= measured.tolerance:
+            return plan, found
+        tighter = measured.tolerance * min(0.98, 0.98 * found.candidate.error / plan.error)
+        found = replace(search(replace(measured, tolerance=tighter), config, clock),
+                        budgets=found.budgets)
+    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    clock.cut(f"{RETRIES} plans missed the tolerance once lowered; float instead")
+    return build(graph, measured, "plan", floats), found
+
+
+def _winner(config: Config, found: Found, variants: Mapping[str, Variant],
+            timings: Mapping[str, Timing]) -> str:
+    """The plan, unless the objective says that a simpler variant is better."""
+    names = list(variants)
+    if config.objective == "latency":
+        return pick(timings, names)
+    if config.objective == "error":
+        return min(names, key=lambda name: variants[name].error)
+    return "plan"            # of least size by the exact table: nothing simpler is smaller
+
+
+def contenders(measured: Measured) -> dict[str, dict[str, str]]:
+    """Each uniform plan, float among them."""
+    return {name: {unit: _cheapest(measured, unit, wanted) for unit in measured.proposal.options}
+            for name, wanted in UNIFORM.items()}
+
+
+UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
+    "all bfloat16": (lambda c: c.weight == "bfloat16",),
+    "all int8": (lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
+                 lambda c: c.weight == "bfloat16"),
+    "all float": (),
+}
+
+
+def _cheapest(measured: Measured, unit: str, wanted: Sequence[Callable[[Choice], bool]]) -> str:
+    """The cheapest choice of the first kind that the unit offers, else its float."""
+    cost = measured.tables["latency"].values
+    kept = measured.proposal.options[unit]
+    for is_wanted in wanted:
+        names = [c.name for c in kept if is_wanted(c)]
+        if names:
+            return min(names, key=lambda name: cost[unit, name])
+    return kept[0].name
+
+
+def _is_allowed(measured: Measured, found: Found, assignment: Mapping[str, str], error: float) -> bool:
+    """Within the tolerance (by replay, with room for the kernels' own rounding) and the budgets?"""
+    tolerance = measured.tolerance
+    if tolerance is not None and error > tolerance:
+        return False
+    budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
+    return is_feasible(problem(measured.tables, objective="latency", budgets=budgets,
+                               baseline=found.baseline), assignment)
+
+
+def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant]) -> bool:
+    return any(dict(v.assignment) == dict(assignment) for v in variants.values())
+
+
+def build(graph: Graph, measured: Measured, name: str, assignment: Mapping[str, str]) -> Variant:
+    """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
+    choices = parse(measured.proposal, assignment)
+    installed, kernels = lower(graph, measured.target, measured.values, choices,
+                               measured.replay.scales)
+    errors = [output_error(caller(installed, fresh(record))(), reference, measured.excluded)
+              for record, reference in zip(measured.parts.choose, measured.references, strict=True)]
+    return Variant(name, assignment, installed, kernels, max(errors))
+
+
+def lower(graph: Graph, target: Target, values: Mapping[str, torch.Tensor],
+          choices: Mapping[str, Choice], scales: Any) -> tuple[Installed, Kernels]:
+    """canonical graph + choices -> compiled callable over owned constants, and its callees."""
+    gm, _ = clone(graph.gm)
+    rewrite(gm, graph.sites, choices, scales)
+    kernels = target.lower(gm)
+    folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
+    inputs = [node.meta["val"] for node in placeholders(folded.gm)]
+    with size_guard(graph.gm) as accepts:
+        run = target.compile(folded.gm, inputs)
+    live_names = tuple(graph.names[k] for k in folded.live)
+    installed = Installed(run, folded.live, folded.gm, live_names, gm, folded.recipes, accepts)
+    return installed, kernels
+
+
+def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
+    """A call of a compiled plan on a recorded call; mutated inputs are copies, and written to."""
+    args = [record[k] for k in installed.live]
+    return lambda: installed.run(*args)
+
+
+def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
+    """A record whose plain tensors are copies, for a run that may write to its inputs."""
+    return tuple(x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter)
+                 else x for x in record)

@@ -1,0 +1,109 @@
+"""Bisection on the measured error, and the comparison that makes a plan never worse than simpler ones."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpq_fx.passes.allocate import Solution
+
+ROUNDS = 10              # solve-and-measure rounds of a bisection
+MARGIN = 0.02            # a simpler plan has to be faster by this share to win
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A solved assignment with its error measured on the choose part."""
+
+    solution: Solution
+    error: float
+    scale: float                    # of the error budget that the solver was given
+
+
+def bisect(solve: Callable[[float], Solution], measure: Callable[[Mapping[str, str]], float],
+           tolerance: float, *, is_past: Callable[[], bool] = lambda: False) -> Candidate | None:
+    """argmin objective s.t. *measured* error ≤ tolerance: rescale the predicted budget until it fits.
+
+    The predicted error is tolerance² · scale.  Starts at scale 1, widens while the measured error
+    allows, then halves the bracket geometrically.  None if no plan that was tried meets the
+    tolerance; the caller then keeps float.
+    """
+    best: Candidate | None = None
+    good, bad, scale = 0.0, float("inf"), 1.0
+    measured: dict[tuple[tuple[str, str], ...], float] = {}
+    for _ in range(ROUNDS):
+        solution = solve(tolerance**2 * scale)
+        key = tuple(sorted(solution.assignment.items()))
+        if key not in measured:
+            measured[key] = measure(solution.assignment)
+        error = measured[key]
+        if error <= tolerance:
+            good = max(good, scale)
+            best = _better(best, Candidate(solution, error, scale))
+        else:
+            bad = min(bad, scale)
+        scale = _next_scale(good, bad, error, tolerance)
+        if scale is None or is_past():
+            break
+    return best
+
+
+def _next_scale(good: float, bad: float, error: float, tolerance: float) -> Any:
+    """The next budget: outwards until both ends are known, then the geometric middle."""
+    if good == 0.0:
+        return bad / max(2.0, min(64.0, (error / tolerance) ** 2 * 1.1)) if bad > 1e-6 else None
+    if bad == float("inf"):
+        return good * 2 if good < 64 else None
+    return (good * bad) ** 0.5 if bad / good > 1.1 else None
+
+
+def _better(old: Candidate | None, new: Candidate) -> Candidate:
+    if old is None:
+        return new
+    values = [tuple(c.solution.values[name] for name in c.solution.objective) for c in (old, new)]
+    return new if values[1] < values[0] else old
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one variant: median and the 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def race(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds: float = 6.0
+         ) -> dict[str, Timing]:
+    """Time variants in turn, so that drift of the machine hits all alike; medians are compared."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        call()
+        call()
+    end = time.monotonic() + seconds
+    for done in range(rounds):
+        if done >= 3 and time.monotonic() > end:
+            break
+        for name, call in variants.items():
+            call()                                # caches of the other variants are cold again
+            begin = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: _timing(sorted(seen)) for name, seen in times.items()}
+
+
+def pick(timings: Mapping[str, Timing], order: Sequence[str]) -> str:
+    """The fastest variant; an earlier one of `order` wins unless a later is faster by MARGIN."""
+    winner = order[0]
+    for name in order[1:]:
+        if timings[name].median < timings[winner].median * (1 - MARGIN):
+            winner = name
+    return winner
+
+
+def _timing(ordered: Sequence[float]) -> Timing:
+    return Timing(statistics.median(ordered), ordered[len(ordered) // 10],
+                  ordered[-1 - len(ordered) // 10])

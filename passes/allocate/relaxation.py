@@ -1,0 +1,194 @@
+"""max_λ>=0  Σ_g min_i (c[g, i] + Σ_r λ_r · a[r, g, i]) - Σ_r λ_r · B_r   <=   the best plan's cost.
+
+A lower bound, a plan close to it, and the options that no better plan can use, in numpy; for
+problems without pair terms, of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq_fx.passes.allocate.exact import Form, row_of
+
+BITS = 52  # integers that float64 holds exactly
+SLACK = 1e-11  # of each budget: float sums of 10,000 units stay clear of it
+BISECTIONS, SWEEPS, STEPS, REPAIRS = 60, 4, 200, 60
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """A bound, a plan (None if none was found), and how much each option alone adds to the bound.
+
+    Picking option (g, i) costs at least `bound + extra[g][i]`.
+    """
+
+    bound: float
+    picks: tuple[int, ...] | None
+    extra: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """cost[g, i], use[r, g, i] >= 0 with every budget 1; cost is inf where there is no option."""
+
+    cost: np.ndarray
+    use: np.ndarray
+
+    def at(self, table: np.ndarray, picks: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(table, picks[..., None], axis=-1)[..., 0]
+
+    def spent(self, picks: np.ndarray) -> np.ndarray:
+        """Use of each budget by the plan `picks`."""
+        return np.array([self.at(use, picks).sum() for use in self.use])
+
+    def priced(self, prices: np.ndarray) -> np.ndarray:
+        """c + Σ_r λ_r · a_r"""
+        return self.cost + np.tensordot(prices, self.use, axes=1)
+
+
+def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | None:
+    """The Lagrangian relaxation of min `name` s.t. limits; None if a budget is out of reach."""
+    assert not form.is_coupled, "the relaxation separates by unit only without pair terms"
+    objective = row_of(form.quantities[name], None, bits=BITS)
+    rows = [row_of(form.quantities[at], limit, bits=BITS) for at, limit in limits.items()]
+    if any(row.limit is None or row.limit < 0 for row in rows):
+        return None
+    cost = _padded(objective.single, np.inf)
+    use = np.zeros((len(rows), *cost.shape))
+    for r, row in enumerate(rows):
+        use[r] = _padded(row.single, 0.0) / max(row.limit or 0, 1)
+    unpayable = (use > 1.0).any(axis=0)
+    arrays = _Arrays(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use))
+    if not np.isfinite(arrays.cost.min(axis=1)).all():
+        return None
+    return _in_units(_search(arrays), objective.base, objective.step, objective.shift)
+
+
+def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
+    table = np.full((len(rows), max(map(len, rows), default=1)), fill)
+    for g, row in enumerate(rows):
+        table[g, : len(row)] = row
+    return table
+
+
+def _in_units(found: Relaxation, base: int, step: int, shift: int) -> Relaxation:
+    one = 1 << shift
+    # The float error of a sum of terms >= 0 is far below 1e-12 of it; rows have integer values.
+    least = max(math.ceil(found.bound * (1 - 1e-12) - 1e-6), 0)
+    bound = (base + step * least) / one
+    return Relaxation(bound, found.picks, found.extra * (step / one))
+
+
+def _search(arrays: _Arrays) -> Relaxation:
+    prices = _ascend(arrays)
+    best, value = prices, _dual(arrays, prices)[0]
+    picks = _primal(arrays, prices)
+    if len(prices) > 1:
+        target = value if picks is None else float(arrays.at(arrays.cost, picks).sum())
+        best, value = _polish(arrays, prices, target)
+        picks = _cheaper(arrays, picks, _primal(arrays, best))
+    priced = arrays.priced(best)
+    extra = priced - priced.min(axis=1, keepdims=True)
+    return Relaxation(value, None if picks is None else tuple(map(int, picks)), extra)
+
+
+def _dual(arrays: _Arrays, prices: np.ndarray) -> tuple[float, np.ndarray]:
+    """The dual value and its picks, which are also its slope: spent - 1."""
+    priced = arrays.priced(prices)
+    picks = priced.argmin(axis=1)
+    return float(arrays.at(priced, picks).sum() - prices.sum()), picks
+
+
+def _ascend(arrays: _Arrays) -> np.ndarray:
+    """Coordinate ascent: for one budget at a time, the smallest price at which it is met."""
+    prices = np.zeros(len(arrays.use))
+    for _ in range(SWEEPS if len(prices) > 1 else 1):
+        for r in range(len(prices)):
+            prices[r] = _price(arrays, prices.copy(), r)
+    return prices
+
+
+def _price(arrays: _Arrays, prices: np.ndarray, r: int) -> float:
+    def is_met(price: float) -> bool:
+        prices[r] = price
+        return arrays.spent(_dual(arrays, prices)[1])[r] <= 1.0 - SLACK
+
+    if is_met(0.0):
+        return 0.0
+    low, high = 0.0, max(float(arrays.cost[np.isfinite(arrays.cost)].max()), 1.0)
+    while not is_met(high) and high < 1e30:
+        low, high = high, high * 8.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_met(middle) else (middle, high)
+    return high
+
+
+def _polish(arrays: _Arrays, prices: np.ndarray, target: float) -> tuple[np.ndarray, float]:
+    """Polyak steps toward the cost of a known plan: coordinate ascent can stop at a kink."""
+    best, value = prices, -np.inf
+    pace = 1.0
+    for _ in range(STEPS):
+        reached, picks = _dual(arrays, prices)
+        improved = reached > value
+        best, value = (prices, reached) if improved else (best, value)
+        pace = pace if improved else pace * 0.95
+        slope = arrays.spent(picks) - 1.0
+        length = float(slope @ slope)
+        if length == 0.0 or target <= value:
+            break
+        prices = np.maximum(prices + pace * (target - reached) / length * slope, 0.0)
+    return best, value
+
+
+def _primal(arrays: _Arrays, prices: np.ndarray) -> np.ndarray | None:
+    picks = _repair(arrays, prices, _dual(arrays, prices)[1])
+    return None if picks is None else _fill(arrays, picks)
+
+
+def _cheaper(
+    arrays: _Arrays, first: np.ndarray | None, second: np.ndarray | None
+) -> np.ndarray | None:
+    plans = [p for p in (first, second) if p is not None]
+    return min(plans, key=lambda p: float(arrays.at(arrays.cost, p).sum()), default=None)
+
+
+def _repair(arrays: _Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarray | None:
+    """Cheapest moves per unit of relief on the most overspent budget, until all are met."""
+    picks = picks.copy()
+    rows = np.arange(len(picks))
+    priced = arrays.priced(prices)
+    for _ in range(REPAIRS):
+        spent = arrays.spent(picks)
+        r = int(spent.argmax()) if len(spent) else -1
+        if r < 0 or spent[r] <= 1.0 - SLACK:
+            return picks
+        relief = arrays.at(arrays.use[r], picks)[:, None] - arrays.use[r]
+        loss = priced - arrays.at(priced, picks)[:, None]
+        ratio = np.full_like(loss, np.inf)
+        np.divide(loss, relief, out=ratio, where=relief > 0)
+        move = ratio.argmin(axis=1)
+        order = np.argsort(ratio[rows, move], kind="stable")
+        order = order[np.isfinite(ratio[order, move[order]])]
+        needed = np.searchsorted(relief[order, move[order]].cumsum(), spent[r] - 1.0 + SLACK)
+        moved = order[: needed + 1]
+        picks[moved] = move[moved]
+    return None
+
+
+def _fill(arrays: _Arrays, picks: np.ndarray) -> np.ndarray:
+    """Spend what is left: the largest saving that still fits, one group at a time."""
+    left = 1.0 - SLACK - arrays.spent(picks)
+    saving = arrays.at(arrays.cost, picks)[:, None] - arrays.cost
+    for at in np.argsort(-saving, axis=None, kind="stable"):
+        g, i = divmod(int(at), saving.shape[1])
+        if saving[g, i] <= 0.0:
+            break
+        extra = arrays.use[:, g, i] - arrays.use[:, g, picks[g]]
+        if arrays.cost[g, i] < arrays.cost[g, picks[g]] and (extra <= left).all():
+            picks[g], left = i, left - extra
+    return picks

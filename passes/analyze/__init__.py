@@ -1,0 +1,1 @@
+"""Graph to facts: observers, outliers, sensitivity, measured cost; never edits the graph."""

@@ -1,0 +1,1 @@
+"""Target-neutral form to the kernels of one target."""

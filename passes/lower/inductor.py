@@ -1,0 +1,29 @@
+"""graph over owned constants  ->  one compiled callable, by Inductor with freezing
+
+Freezing is what lets Inductor see constants as constants; since every weight was packed before, it has
+nothing left to fold or re-pack, and the constants keep their identity: they are refreshed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+SETTINGS: dict[str, Any] = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "max_autotune_report_choices_stats": False,
+}
+
+
+def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile once; `example_inputs` may be fake and symbolic."""
+    import torch._inductor.config as inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.no_grad(), inductor.patch(SETTINGS):
+        return compile_fx(gm, list(example_inputs))

@@ -1,0 +1,104 @@
+"""ms of a site on oneDNN: the matmul on packed weights, and one pass that converts its input"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.facts import Choice, Site
+from mpq_fx.passes.lower.microbenchmark import milliseconds
+
+onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
+
+
+def measure(site: Site, choice: Choice) -> float:
+    """Measured on random data of the site's shapes: latency does not depend on values."""
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.randn([int(size) for size in site.input_shape]) if site.op != "embedding" else None
+        kernel = KERNELS[site.op](site, choice, x)
+        return milliseconds(kernel) + conversion(x, site, choice)
+
+
+def conversion(x: Tensor | None, site: Site, choice: Choice) -> float:
+    """One pass over the input: a cast, a static quantization, or two passes for a dynamic one.
+
+    Eager one-pass ops stand for what Inductor fuses into the kernel that makes x; they bound it.
+    """
+    if x is None or choice.activation == site.dtype:
+        return 0.0
+    if choice.scaling == "static":
+        return milliseconds(lambda: torch.quantize_per_tensor(x, 0.1, 128, torch.quint8))
+    if choice.scaling == "dynamic":
+        return milliseconds(lambda: (torch.aminmax(x),
+                                     torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)))
+    return milliseconds(lambda: x.to(torch.bfloat16))
+
+
+def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    n, k = site.weight_shape
+    x = x.reshape(-1, k)
+    w, bias = torch.randn(n, k), torch.randn(n)
+    if choice.scaling == "none":
+        dtype = getattr(torch, choice.activation)
+        if choice.weight != choice.activation:
+            return _dequantizing(x.to(dtype), w.to(torch.int8), dtype)
+        packed = mkldnn._reorder_linear_weight(w.to(dtype), x.shape[0])
+        args = (x.to(dtype), packed, bias.to(dtype), "none", [], "")
+        return lambda: mkldnn._linear_pointwise(*args)
+    codes = torch.randint(0, 127, x.shape, dtype=torch.uint8)
+    packed = onednn.qlinear_prepack(w.clamp(-1, 1).mul(127).to(torch.int8), None)
+    args = (codes, 0.1, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), bias, 1.0, 0,
+            torch.float32, "none", [], "none")
+    return lambda: onednn.qlinear_pointwise.default(*args)
+
+
+def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    dims = len(site.weight_shape) - 2
+    stride, padding, dilation, groups = site.attributes
+    w, bias = torch.randn(site.weight_shape), torch.randn(site.weight_shape[0])
+    layout = torch.channels_last if dims == 2 else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    if choice.scaling == "none":
+        dtype = getattr(torch, choice.activation)
+        w = w.to(dtype).contiguous(memory_format=layout)
+        packed = mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
+        args = (x.to(dtype), packed, bias.to(dtype), padding, stride, dilation, groups, "none", [], "")
+        return lambda: mkldnn._convolution_pointwise(*args)
+    codes = torch.randint(0, 127, x.shape, dtype=torch.uint8).contiguous(memory_format=layout)
+    scales = torch.ones(w.shape[0])
+    packed = onednn.qconv_prepack(w.to(torch.int8), scales, 0.1, 0, stride, padding, dilation, groups,
+                                  x.shape)
+    zeros = torch.zeros(w.shape[0], dtype=torch.int32)
+    args = (codes, 0.1, 0, packed, scales, zeros, bias, stride, padding, dilation, groups, 1.0, 0,
+            torch.float32, "none", [], "")
+    return lambda: onednn.qconv_pointwise.default(*args)
+
+
+def matmul(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    """The second operand is rebuilt from the number of multiply-accumulates."""
+    n = max(1, site.macs // max(1, x.numel()))
+    x = x.to(getattr(torch, choice.activation))
+    y = torch.randn(*x.shape[:-2], x.shape[-1], n, dtype=x.dtype) if x.dim() > 1 else x
+    return lambda: x @ y
+
+
+def attention(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    q = x.to(getattr(torch, choice.activation))
+    return lambda: aten.scaled_dot_product_attention(q, q, q)
+
+
+def embedding(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    w = torch.zeros(site.weight_shape, dtype=getattr(torch, choice.weight))
+    rows = torch.randint(0, w.shape[0], [int(size) for size in site.input_shape])
+    return lambda: aten.embedding(w, rows)
+
+
+def _dequantizing(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: aten.linear(x, w.to(dtype))
+
+
+KERNELS = {"linear": linear, "conv": conv, "matmul": matmul, "attention": attention,
+           "embedding": embedding, "grouped_matmul": matmul}

@@ -1,0 +1,59 @@
+"""A target: which choices it can run, why not the others, what they cost, and how to run a graph.
+
+A target is a value in `mpq_fx.passes.TARGETS`, or an entry point of the group mpq_fx.targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from mpq_fx.errors import UnsupportedError
+from mpq_fx.facts import Choice, Site
+
+Kernels = dict[str, str]            # node of the graph -> name of the callee that computes it
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where ops run.  Plain functions: no state, no device dispatch."""
+
+    name: str
+    unavailable: Callable[[], str]                       # "" or the reason
+    choices: Mapping[str, tuple[Choice, ...]]            # op of a site -> what it may run in
+    refuse: Callable[[Site, Choice], Iterator[str]]      # reasons why not this one here
+    measure: Callable[[Site, Choice], float]             # ms of one call, conversions included
+    lower: Callable[[GraphModule], Kernels]              # target-neutral ops -> callees, in place
+    compile: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+    is_timed: bool = True                                # False: an oracle, whose speed means nothing
+    facts: Callable[[], Mapping[str, Any]] = dict        # instruction set, versions: provenance
+
+
+def allowed(target: Target, site: Site, permitted: tuple[str, ...] | None
+            ) -> tuple[tuple[Choice, ...], dict[str, tuple[str, ...]]]:
+    """(choices this site may take, reasons against the others); float is always among them."""
+    kept, refusals = [Choice(site.dtype, site.dtype)], {}
+    for choice in target.choices.get(site.op, ()):
+        reasons = tuple(target.refuse(site, choice))
+        if permitted is not None and not _is_permitted(choice, permitted):
+            reasons += (f"options allow only {', '.join(permitted)} here",)
+        if reasons:
+            refusals[choice.name] = reasons
+        elif choice not in kept:
+            kept.append(choice)
+    return tuple(kept), refusals
+
+
+def _is_permitted(choice: Choice, permitted: tuple[str, ...]) -> bool:
+    return choice.name in permitted or choice.weight in permitted
+
+
+def available(target: Target) -> Target:
+    """The target, or UnsupportedError with the reason why it cannot run here."""
+    if reason := target.unavailable():
+        raise UnsupportedError(f"target {target.name!r} is not available: {reason}",
+                               fix='options={"target": "auto"}')
+    return target

@@ -1,0 +1,51 @@
+"""float op  ->  target-neutral quantized form, one function per op; weights stay values in the graph.
+
+    float formats     y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
+    integer formats   y = mpq::op(quantize(x), quantize_weight(w), b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.fx import GraphModule
+
+from mpq_fx.facts import Choice, Site
+from mpq_fx.formats import format_named
+from mpq_fx.graph import SITE, check, remove_dead, run_passes, signature_of
+from mpq_fx.passes.analyze.replay import Scales
+from mpq_fx.passes.rewrite.cancel_casts import cancel_casts, sink_casts
+from mpq_fx.passes.rewrite.embedding import rewrite_embedding
+from mpq_fx.passes.rewrite.float_op import rewrite_float
+from mpq_fx.passes.rewrite.merge_quantize import merge_quantize
+from mpq_fx.passes.rewrite.quantized import rewrite_quantized
+
+INTEGER = {"linear": rewrite_quantized, "conv": rewrite_quantized, "embedding": rewrite_embedding}
+
+CLEANUP = (
+    merge_quantize,     # q/k/v quantize the tensor they share once
+    sink_casts,         # before cancel_casts: brings an upcast next to the downcast behind a view
+    cancel_casts,
+)
+
+
+def rewrite(gm: GraphModule, sites: Sequence[Site], choices: Mapping[str, Choice],
+            scales: Scales) -> int:
+    """Every site with a choice into its quantized form; the number of sites changed."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for site in sites:
+        nodes[site.node].meta[SITE] = site.name
+    signature, changed = signature_of(gm), 0
+    for site in sites:
+        choice = choices.get(site.name)
+        if choice is None or choice.weight == site.dtype:
+            continue
+        if format_named(choice.weight).is_float:
+            rewrite_float(nodes[site.node], choice)
+        else:
+            INTEGER[site.op](gm, nodes[site.node], site, choice, scales)
+        changed += 1
+    remove_dead(gm)
+    check(gm, signature, "rewrite")
+    run_passes(gm, CLEANUP)
+    return changed
