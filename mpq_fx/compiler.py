@@ -90,7 +90,7 @@ def welcome(graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, b
     root = naming_root(binding, frame)
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
-    plan = loaded(config) or donor(binding, all_bindings())
+    plan = loaded(config) or donor(graph, binding, all_bindings())
     if plan is None or binding.reason != OBSERVING:
         return
     install_plan(graph, binding, plan, config)
@@ -108,8 +108,9 @@ def loaded(config: Config) -> Plan | None:
 
 def float_callable(gm: GraphModule, example_inputs: Sequence[Any], config: Config
                    ) -> Callable[..., Any]:
-    """Inductor as the user would have it; with a plan at hand float is only a fallback, so eager."""
-    if config.plan is not None:
+    """Inductor as the user would have it; eager on the reference target, which generates no code,
+    and where a plan is at hand, so that float is only the fallback."""
+    if config.plan is not None or config.target == "reference":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 

@@ -13,7 +13,6 @@ from mpq_fx.binding import Binding
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, SolverFacts, Table
-from mpq_fx.formats import format_named
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import Solution, frontier
 from mpq_fx.passes.analyze.replay import output_error
@@ -76,15 +75,13 @@ def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, s
     choice, first = settled.winner.assignment[site.name], options[0].name
     power = tables["error"].values.get((site.name, choice), 0.0)
     ms = tables["latency"].values
-    chosen = next(c for c in options if c.name == choice)
     return Row(
         site=_named(site, names), choice=choice, reason=_reason(site, choice, measured),
         refusals=measured.proposal.refusals[site.name],
         kernel=settled.winner.kernels.get(site.name, "inductor"),
         predicted_error=max(power, 0.0) ** 0.5, ms_before=ms[site.name, first],
         ms_after=ms[site.name, choice],
-        weight_bytes=format_named(chosen.weight).storage_bits(site.weight_shape) // 8
-        if site.weight_shape else 0)
+        weight_bytes=int(tables["size"].values[site.name, choice]))
 
 
 def _named(site: Site, names: Mapping[str, str]) -> Site:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mpq_fx.binding import Binding
 from mpq_fx.config import Config
+from mpq_fx.describe import fingerprint
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Choice, Plan, Site
 from mpq_fx.passes import target_named
@@ -63,14 +64,16 @@ def scales_of(plan: Plan, names: Mapping[str, str]) -> dict[tuple[str, str], tup
     return found
 
 
-def donor(binding: Binding, others: Iterable[Binding]) -> Plan | None:
-    """A solved plan of another graph that names every site of this one, on the very same weights."""
+def donor(graph: Graph, binding: Binding, others: Iterable[Binding]) -> Plan | None:
+    """A solved plan of another graph that knows every site of this one, on the very same weights."""
     mine = {id(ref()) for ref in binding.parameters}
+    wanted = fingerprint(graph.sites, binding.site_names)["sites"]
     for other in others:
         if other is binding or other.plan is None or other.installed is None:
             continue
-        theirs = {id(ref()) for ref in other.parameters}
-        if mine <= theirs and set(binding.site_names.values()) <= set(other.plan.choices):
+        known = other.plan.fingerprint["sites"]
+        if mine <= {id(ref()) for ref in other.parameters} and all(
+                known.get(name) == facts for name, facts in wanted.items()):
             return other.plan
     return None
 
@@ -82,7 +85,7 @@ def release(binding: Binding) -> int:
     """
     installed = binding.installed
     assert installed is not None
-    live = {binding_name for binding_name in installed.live_names}
+    live = set(installed.live_names)
     freed = 0
     for name, tensor in binding.values().items():
         if name in binding.watched and name not in live:
@@ -91,6 +94,3 @@ def release(binding: Binding) -> int:
             storage.resize_(0)
     binding.released, binding.watch = True, None
     return freed
-
-
-Welcome = Callable[[Binding, Config], Any]

@@ -54,7 +54,8 @@ class Step:
     @property
     def line(self) -> str:
         typed = f"   options={json.dumps(dict(self.options))}" if self.options else ""
-        return f"at error {self.error:.2g}: {self.speedup:.2f}× faster{typed}"
+        allowed = self.options.get("tolerance", self.error)
+        return f"at error {allowed:.2g}: {self.speedup:.2f}× faster{typed}"
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,12 @@ def speedup(plan: Plan) -> float | None:
 def steps(plan: Plan) -> tuple[Step, ...]:
     """The frontier in terms of the whole model as it runs now, by growing error."""
     sites = sum(row.ms_after or 0.0 for row in plan.ledger)
-    now = plan.latency_ms.get(plan.winner) or sites
+    before = sum(row.ms_before or 0.0 for row in plan.ledger)
+    fixed = plan.baseline.get("latency", before) - before  # in "latency", but in no site
+    now = plan.latency_ms.get(plan.winner) or sites + fixed
     found = []
-    for point in plan.frontier:
-        cost = point.get("latency")
-        if cost is None or not sites or not now:
-            continue
+    for point in plan.frontier if sites > 0 else ():
+        cost = point["latency"] - fixed
         # What is outside the sites stays; sites timed alone may add up to more than the whole.
         ms = now - sites + cost if sites < now else now * cost / sites
         found.append(Step(point["error"], ms, now / ms, point.get("size"), point["options"]))
@@ -225,6 +226,20 @@ def bits(row: Row) -> float | None:
     return 8 * row.weight_bytes / row.site.weight_numel if row.site.weight_numel else None
 
 
+def weight_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the weights of all sites, in the user's precision and as they are stored now."""
+    shares = coverage(Report((Entry("", plan),)))
+    return sum(s.bytes_before for s in shares), sum(s.bytes_after for s in shares)
+
+
+def megabytes(count: float) -> str:
+    """ "85.1 MB", "3 kB" """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
 def headline(plan: Plan) -> str:
     """ "error 0.0098 of 0.0110 allowed · 14.1 ms, float 22.3 ms (1.58×) · …" """
     parts = []
@@ -238,6 +253,8 @@ def headline(plan: Plan) -> str:
     if after is not None:
         against = f", float {before:.3g} ms ({gain:.2f}×)" if before and gain else ""
         parts.append(f"{after:.3g} ms{against}")
+    before_bytes, after_bytes = weight_bytes(plan)
+    parts.append(f"weights {megabytes(before_bytes)} -> {megabytes(after_bytes)}")
     moved = sum(row.choice != row.site.dtype for row in plan.ledger)
     parts.append(f"{moved} of {len(plan.ledger)} sites in another precision")
     return " · ".join(parts)

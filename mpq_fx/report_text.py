@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mpq_fx.facts import Plan, Row
 from mpq_fx.report import (
     Entry,
     Report,
@@ -18,11 +20,11 @@ from mpq_fx.report import (
     coverage,
     dynamo_lines,
     headline,
+    megabytes,
     offers,
     reasons,
     speaks_of,
 )
-from mpq_fx.facts import Plan, Row
 
 WIDE = 110  # from here on there is room for shapes and kernels
 FOOTNOTES = 12  # reasons listed; to_json() and to_html() have all
@@ -69,33 +71,51 @@ def _entry(entry: Entry, width: int) -> Iterator[RenderableType]:
 
 
 def _sites(rows: tuple[Row, ...], notes: Mapping[str, int], width: int) -> Table:
-    wide, measured = width >= WIDE, any(row.measured_error is not None for row in rows)
-    table = _table()
-    table.add_column("site", no_wrap=True)
-    if wide:
-        table.add_column("weight", no_wrap=True)
-    table.add_column("choice", no_wrap=True)
-    table.add_column("error", justify="right", no_wrap=True)
-    if measured and wide:
-        table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("kernel", no_wrap=True, max_width=20)
-    table.add_column("why", no_wrap=not wide, max_width=10)
-    for row in rows:
-        cells = [shorten(row.site.name, 34 if wide else 26)]
-        cells += [shape(row.site.weight_shape)] if wide else []
-        cells += [shorten(row.choice, 26), _error(row.predicted_error)]
-        cells += [_error(row.measured_error)] if measured and wide else []
-        cells.append(_change(row))
-        cells += [row.kernel.rpartition(".")[2]] if wide else []
-        cells.append(
-            " ".join(
-                str(k) for reason, k in notes.items() if k <= FOOTNOTES and speaks_of(row, reason)
-            )
+    """One line per site; the columns have fixed widths, so that blocks of a model line up."""
+    wide = width >= WIDE
+    table = _table(padding=(0, 1, 0, 0))
+    columns = [c for c in COLUMNS if wide or not c.wide]
+    for column in columns:
+        table.add_column(
+            column.title,
+            width=column.width if wide else column.narrow,
+            justify=column.justify,
+            no_wrap=True,
         )
-        table.add_row(*cells, style="" if row.choice != row.site.dtype else "dim")
+    for row in rows:
+        style = "" if row.choice != row.site.dtype else "dim"
+        table.add_row(*(column.cell(row, notes, wide) for column in columns), style=style)
     return table
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of the table of sites shows; `narrow` is its width where room is short."""
+
+    title: str
+    width: int
+    narrow: int
+    cell: Callable[[Row, Mapping[str, int], bool], str]
+    justify: Literal["left", "right"] = "left"
+    wide: bool = False  # left out where room is short
+
+
+def _numbers(row: Row, notes: Mapping[str, int], _: bool) -> str:
+    return " ".join(
+        str(k) for reason, k in notes.items() if k <= FOOTNOTES and speaks_of(row, reason)
+    )
+
+
+COLUMNS = (
+    Column("site", 32, 28, lambda row, _, wide: shorten(row.site.name, 32 if wide else 28)),
+    Column("weight", 10, 0, lambda row, *_: shape(row.site.weight_shape), wide=True),
+    Column("choice", 24, 24, lambda row, *_: shorten(row.choice, 24)),
+    Column("error", 6, 6, lambda row, *_: error(row.predicted_error), "right"),
+    Column("found", 6, 0, lambda row, *_: error(row.measured_error), "right", wide=True),
+    Column("ms", 11, 11, lambda row, *_: _change(row), "right"),
+    Column("kernel", 17, 0, lambda row, *_: row.kernel.rpartition(".")[2][:17], wide=True),
+    Column("why", 6, 5, _numbers),
+)
 
 
 def _footnotes(plan: Plan, notes: Mapping[str, int]) -> Iterator[RenderableType]:
@@ -121,11 +141,11 @@ def _race(plan: Plan) -> Iterator[RenderableType]:
     for column in ("variant", "ms", "error", ""):
         table.add_column(column, justify="right" if column in ("ms", "error") else "left")
     for name in names:
-        ms, error = plan.latency_ms.get(name), plan.errors.get(name)
+        ms = plan.latency_ms.get(name)
         table.add_row(
             name,
             "-" if ms is None else f"{ms:.3g}",
-            _error(error),
+            error(plan.errors.get(name)),
             _verdict(plan, name),
             style="bold" if name == plan.winner else "",
         )
@@ -136,8 +156,8 @@ def _race(plan: Plan) -> Iterator[RenderableType]:
 def _verdict(plan: Plan, name: str) -> str:
     if name == plan.winner:
         return "runs"
-    error = plan.errors.get(name)
-    if plan.tolerance is not None and error is not None and error > plan.tolerance:
+    found = plan.errors.get(name)
+    if plan.tolerance is not None and found is not None and found > plan.tolerance:
         return f"error above the {plan.tolerance:.3g} allowed"
     return "" if name in plan.latency_ms else "not raced"
 
@@ -182,40 +202,44 @@ def _coverage(shares: tuple[Share, ...]) -> Table:
 
 
 def shorten(name: str, limit: int) -> str:
-    """The end of a path tells most: "encoder.layer.10.output" -> "en…layer.10.output"."""
-    return name if len(name) <= limit else f"{name[:3]}…{name[len(name) - limit + 4 :]}"
+    """The end of a path tells most: "encoder.layer.10.output" -> "…layer.10.output"."""
+    if len(name) <= limit:
+        return name
+    tail = name[len(name) - limit + 1 :]
+    _, dot, rest = tail.partition(".")
+    return f"…{rest}" if dot and len(rest) > limit // 2 else f"…{tail}"
 
 
 def shape(sizes: tuple[object, ...]) -> str:
     return "×".join(map(str, sizes)) or "-"
 
 
-def megabytes(count: float) -> str:
-    """ "85.1 MB", "3.0 kB" """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 def _change(row: Row) -> str:
     if row.ms_before is None or row.ms_after is None:
         return "-"
     if row.ms_before == row.ms_after:
-        return f"{row.ms_after:.3f}"
-    return f"{row.ms_before:.3f} > {row.ms_after:.3f}"
+        return _ms(row.ms_after)
+    return f"{_ms(row.ms_before)}>{_ms(row.ms_after)}"
 
 
-def _error(value: float | None) -> str:
-    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+def _ms(value: float) -> str:
+    """Three digits, at most five characters below 1000: "0.004", "1.89", "18.9"."""
+    return f"{value:.3f}" if value < 1 else f"{value:.3g}"
+
+
+def error(value: float | None) -> str:
+    """ "1.7e-3", two digits, without the zero of "e-03"."""
+    if value is None:
+        return "-"
+    return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+def _table(padding: tuple[int, int, int, int] = (0, 3, 0, 0)) -> Table:
+    return Table(box=None, pad_edge=False, padding=padding, header_style="underline")
 
 
 def _title(words: str) -> Text:

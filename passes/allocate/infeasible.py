@@ -10,7 +10,7 @@ from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate.exact import Form, form_of
 from mpq_fx.passes.allocate.minimize import Level, Search, minimize
 from mpq_fx.passes.allocate.model import Clock
-from mpq_fx.passes.allocate.problem import ERROR, Problem, within
+from mpq_fx.passes.allocate.problem import ERROR, TOLERANCE, Problem, within
 
 # The option that a user types for a budget; an error budget is a noise power, its option the root.
 OPTION = {
@@ -109,9 +109,11 @@ def _option(budgets: Mapping[str, float]) -> str:
 
 
 def _up(value: float) -> float:
-    """The next number of six digits: what is printed must be reachable when typed."""
+    """The nearest number of six digits, or the next: what is printed must be reachable if typed."""
     if value == 0.0 or not math.isfinite(value):
         return value
+    rounded = float(f"{value:.{DIGITS}g}")
+    if value - rounded <= TOLERANCE / 10 * abs(value):  # a tenth: its square must be in reach too
+        return rounded
     unit = 10.0 ** (math.floor(math.log10(abs(value))) + 1 - DIGITS)
-    rounded = float(f"{math.ceil(value / unit) * unit:.{DIGITS}g}")
-    return rounded if rounded >= value else value
+    return float(f"{rounded + unit:.{DIGITS}g}")

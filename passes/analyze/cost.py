@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mpq_fx.facts import Choice, Site, Table
-from mpq_fx.formats import format_named
+from mpq_fx.formats import FORMATS
 from mpq_fx.passes.lower.target import Target
 
 Options = Mapping[str, tuple[Choice, ...]]
@@ -48,12 +48,25 @@ def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
     for site in sites:
         for choice in options[site.name]:
             key = site.name, choice.name
-            weight, activation = format_named(choice.weight), format_named(choice.activation)
-            bits[key] = float(weight.storage_bits(site.weight_shape)) if site.weight_shape else 0.0
+            bits[key] = float(stored_bits(site, choice))
             size[key] = bits[key] / 8
-            bops[key] = float(site.macs * weight.element.bits * activation.element.bits)
+            bops[key] = float(site.macs * width(choice.weight) * width(choice.activation))
     return {"size": Table("exact", "bytes", size), "bits": Table("exact", "bits", bits),
             "bops": Table("exact", "MAC·bits²", bops)}
+
+
+def stored_bits(site: Site, choice: Choice) -> int:
+    """Bits of a site's weight as stored; a dtype that is no format (float64) has no scales."""
+    if not site.weight_shape:
+        return 0
+    if choice.weight in FORMATS:
+        return FORMATS[choice.weight].storage_bits(site.weight_shape)
+    return site.weight_numel * width(choice.weight)
+
+
+def width(name: str) -> int:
+    """Bits of one value of a format, or of a plain dtype."""
+    return FORMATS[name].element.bits if name in FORMATS else getattr(torch, name).itemsize * 8
 
 
 def cache_path(target: Target, cache_dir: str | Path | None) -> Path:

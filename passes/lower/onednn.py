@@ -20,6 +20,7 @@ from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower.fuse import Tail, tail_of
 from mpq_fx.passes.lower.inductor import compile_frozen
 from mpq_fx.passes.lower.onednn_cost import measure
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, scalar
@@ -73,10 +74,11 @@ def lower(gm: GraphModule) -> Kernels:
     for node in list(gm.graph.nodes):
         rule = RULES.get(node.target)
         if rule is not None:
-            result, callee = rule(gm, node)
-            node.replace_all_uses_with(result)
-            gm.graph.erase_node(node)
-            kernels[node.meta.get(SITE, node.name)] = callee
+            tail = tail_of(node) if node.target in FUSING else Tail(last=node)
+            result, callee = rule(gm, node, tail) if node.target in FUSING else rule(gm, node)
+            tail.last.replace_all_uses_with(result)
+            erase_chain(tail.last, node)
+            kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
     decompose_quantize(gm)
     remove_dead(gm)
     return kernels
@@ -101,10 +103,13 @@ def lower_linear(gm: GraphModule, node: Node) -> tuple[Node, str]:
     return cast_to(node, y, dtype), "onednn.qlinear_pointwise"
 
 
-def lower_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
-    """Integer convolution with static scales."""
+def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+    """Integer convolution with static scales, activation and the next site's quantization in it."""
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, _, _, dtype) = node.args
-    scale, zero = scalar(gm, sx), int(scalar(gm, zx))
+    scale, zero, out_scale, out_zero = scalar(gm, sx), int(scalar(gm, zx)), 1.0, 0
+    if tail.quantize is not None:
+        _, so, zo, name = tail.quantize.args
+        out_scale, out_zero, dtype = scalar(gm, so), int(scalar(gm, zo)), format_named(name).dtype
     sw = insert_call(node, aten.reshape.default, (sw, [-1]))
     zw = insert_call(node, aten.reshape.default, (zw, [-1]))
     shape = [hint(size) for size in value(x).shape]
@@ -112,7 +117,7 @@ def lower_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
                   (w, sw, scale, zero, stride, padding, dilation, groups, shape), value(w))
     y = insert_call(node, onednn.qconv_pointwise.default,
                     (x, scale, zero, packed, sw, zw, owned(node, bias), stride, padding, dilation,
-                     groups, 1.0, 0, dtype, "none", [], ""))
+                     groups, out_scale, out_zero, dtype, tail.post, [*tail.scalars], ""))
     return y, "onednn.qconv_pointwise"
 
 
@@ -148,13 +153,24 @@ def lower_float_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
     return y, "mkldnn._convolution_pointwise"
 
 
-RULES: dict[Any, Callable[[GraphModule, Node], tuple[Node, str]]] = {
+FUSING = (mpq.conv.default,)       # callees that take over what follows them
+RULES: dict[Any, Callable[..., tuple[Node, str]]] = {
     mpq.linear.default: lower_linear,
     mpq.conv.default: lower_conv,
     mpq.embedding.default: lower_embedding,
     aten.linear.default: lower_float_linear,
     aten.conv2d.default: lower_float_conv,
 }
+
+
+def erase_chain(last: Node, first: Node) -> None:
+    """Remove nodes from `last` back to `first`, each read by the next alone."""
+    node = last
+    while node is not first:
+        before = node.args[0]
+        node.graph.erase_node(node)
+        node = before
+    first.graph.erase_node(first)
 
 
 def pack(anchor: Node, target: Any, args: tuple[Any, ...], logical: torch.Tensor) -> Node:

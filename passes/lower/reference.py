@@ -50,7 +50,8 @@ def measure(site: Site, choice: Choice) -> float:
 def lower(gm: GraphModule) -> Kernels:
     """Nothing to replace: the reference implementation is the op's default."""
     callees = [mpq.linear.default, mpq.conv.default, mpq.embedding.default]
-    return {node.meta[SITE]: str(node.target) for node in gm.graph.nodes if node.target in callees}
+    return {name: str(node.target) for node in gm.graph.nodes if node.target in callees
+            for name in node.meta[SITE]}
 
 
 def compile_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch.fx import GraphModule
+import torch
+from torch.fx import GraphModule, Node
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
@@ -17,6 +18,7 @@ from mpq_fx.passes.analyze.replay import Scales
 from mpq_fx.passes.rewrite.cancel_casts import cancel_casts, sink_casts
 from mpq_fx.passes.rewrite.embedding import rewrite_embedding
 from mpq_fx.passes.rewrite.float_op import rewrite_float
+from mpq_fx.passes.rewrite.merge_linear import merge_linear
 from mpq_fx.passes.rewrite.merge_quantize import merge_quantize
 from mpq_fx.passes.rewrite.quantized import rewrite_quantized
 
@@ -34,18 +36,26 @@ def rewrite(gm: GraphModule, sites: Sequence[Site], choices: Mapping[str, Choice
     """Every site with a choice into its quantized form; the number of sites changed."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for site in sites:
-        nodes[site.node].meta[SITE] = site.name
+        nodes[site.node].meta[SITE] = (site.name,)
     signature, changed = signature_of(gm), 0
-    for site in sites:
+    merge_linear(gm, sites, choices)
+    by_name = {site.name: site for site in sites}
+    for node in [n for n in gm.graph.nodes if SITE in n.meta and n.op == "call_function"]:
+        site = by_name[node.meta[SITE][0]]
         choice = choices.get(site.name)
-        if choice is None or choice.weight == site.dtype:
+        if choice is None or choice.weight == site.dtype or not is_site(node, site):
             continue
         if format_named(choice.weight).is_float:
-            rewrite_float(nodes[site.node], choice)
+            rewrite_float(node, choice)
         else:
-            INTEGER[site.op](gm, nodes[site.node], site, choice, scales)
+            INTEGER[site.op](gm, node, site, choice, scales)
         changed += 1
     remove_dead(gm)
     check(gm, signature, "rewrite")
     run_passes(gm, CLEANUP)
     return changed
+
+
+def is_site(node: Node, site: Site) -> bool:
+    """The op of the site itself, not a slice or a constant that was inserted on its behalf."""
+    return node.name == site.node or node.target is torch.ops.aten.linear.default

@@ -1,0 +1,253 @@
+"""Report -> one HTML page: report.html.j2 filled in, its pictures drawn by report_svg"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from mpq_fx.facts import Plan, Row
+from mpq_fx.report import (
+    Entry,
+    Report,
+    bits,
+    coverage,
+    dynamo_lines,
+    float_ms,
+    megabytes,
+    offers,
+    speedup,
+    steps,
+    weight_bytes,
+)
+from mpq_fx.report_svg import Bar, Dot, columns, rows, scatter, stacked
+from mpq_fx.report_text import error, shape
+
+COLORS = 8  # of the style sheet: c0 … c7; floats are gray
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing with what it shows and how to read it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def page(report: Report) -> str:
+    """The report as a self-contained page."""
+    source = files("mpq_fx").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(error=error, shape=shape, bytes=megabytes)
+    kinds = kinds_of(report)
+    shares = coverage(report)
+    return environment.from_string(source).render(
+        graphs=[_graph(entry, kinds) for entry in report.entries],
+        kinds=kinds,
+        shares=shares,
+        pictures_of_coverage=_coverage(shares, kinds),
+        dynamo=dynamo_lines(report.dynamo),
+    )
+
+
+def kinds_of(report: Report) -> dict[str, str]:
+    """choice -> class of the style sheet, in order of appearance; a site's own precision is gray."""
+    kinds: dict[str, str] = {}
+    for row in report.rows:
+        fresh = "own" if row.choice == row.site.dtype else f"c{len(kinds) % COLORS}"
+        kinds.setdefault(row.choice, fresh)
+    return kinds
+
+
+def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
+    plan = entry.plan
+    facts: dict[str, Any] = {"label": entry.label, "reason": entry.reason, "plan": plan}
+    if plan is None:
+        return facts
+    before, after = weight_bytes(plan)
+    return {
+        **facts,
+        "predicted": plan.provenance.get("predicted", {}),
+        "float_ms": float_ms(plan),
+        "speedup": speedup(plan),
+        "moved": sum(row.choice != row.site.dtype for row in plan.ledger),
+        "bytes": (before, after),
+        "race": _race(plan),
+        "pictures": _pictures(plan, kinds),
+        "offers": [(step, json.dumps(dict(step.options))) for step in offers(plan)],
+        "rows": [(row, kinds[row.choice], bits(row)) for row in plan.ledger],
+        "timings": _timings(plan),
+        "provenance": json.dumps(plan.provenance, indent=2, sort_keys=True, default=str),
+    }
+
+
+def _race(plan: Plan) -> Markup | None:
+    """Milliseconds of every variant that was raced, the fastest first."""
+    if not plan.latency_ms:
+        return None
+    bars = []
+    for name, ms in sorted(plan.latency_ms.items(), key=lambda item: item[1]):
+        found = plan.errors.get(name)
+        words = f" · error {error(found)}" if found is not None else ""
+        runs = " · runs" if name == plan.winner else ""
+        bars.append(Bar(name, ms, "win" if runs else "own", words + runs))
+    return Markup(rows("Milliseconds of one call, per variant", bars, "ms"))
+
+
+def _timings(plan: Plan) -> Markup:
+    spent = sorted(plan.timings.items(), key=lambda item: -item[1])
+    bars = [Bar(name, seconds, "win", "") for name, seconds in spent]
+    return Markup(rows("Seconds per stage", bars, "s"))
+
+
+def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
+    """Only the pictures for which the plan has numbers."""
+    ledger = plan.ledger
+    drawn = [_frontier(plan)] if steps(plan) else []
+    if any(row.predicted_error for row in ledger):
+        drawn.append(_errors(ledger, kinds))
+    if any(row.ms_after is not None for row in ledger):
+        drawn.append(_latency(ledger, kinds))
+    if any(bits(row) for row in ledger):
+        drawn.append(_bits(ledger, kinds))
+    if any(row.predicted_error and row.measured_error for row in ledger):
+        drawn.append(_agreement(ledger, kinds))
+    return drawn
+
+
+def _frontier(plan: Plan) -> Picture:
+    found = steps(plan)
+    dots = [Dot(step.ms, step.error, "c0", step.line) for step in found]
+    now = plan.latency_ms.get(plan.winner)
+    if now is not None and plan.error is not None:
+        dots.append(
+            Dot(
+                now,
+                plan.error,
+                "win",
+                f"runs now: {now:.3g} ms, error {plan.error:.3g}",
+                large=True,
+            )
+        )
+    svg = scatter(
+        "Predicted latency against predicted error",
+        sorted(dots, key=lambda d: -d.x),
+        ("ms of one call", "error"),
+        joined=True,
+        line=plan.tolerance,
+    )
+    return Picture(
+        "What is possible",
+        "No plan is both faster and more exact than these. The large "
+        "dot runs now, the dashed line is the tolerance; all others are predicted.",
+        Markup(svg),
+    )
+
+
+def _errors(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
+    bars = [
+        Bar(
+            row.site.name,
+            row.predicted_error or 0.0,
+            kinds[row.choice],
+            f"{row.site.name}: {error(row.predicted_error)} as {row.choice}",
+        )
+        for row in ledger
+    ]
+    return Picture(
+        "Error per site",
+        "Relative RMS error at the outputs if this site alone were in its choice; squares add up.",
+        Markup(columns("Predicted error per site", bars, "error")),
+    )
+
+
+def _latency(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
+    bars = [
+        Bar(
+            row.site.name,
+            row.ms_after or 0.0,
+            kinds[row.choice],
+            f"{row.site.name}: {row.ms_before or 0.0:.3g} -> {row.ms_after or 0.0:.3g} ms",
+            row.ms_before or 0.0,
+        )
+        for row in ledger
+    ]
+    before, after = (
+        sum(x or 0.0 for x in xs)
+        for xs in zip(*((row.ms_before, row.ms_after) for row in ledger), strict=True)
+    )
+    return Picture(
+        "Latency per site",
+        f"Each site timed alone: {before:.3g} ms before (pale), {after:.3g} ms after, in all.",
+        Markup(columns("Milliseconds per site, before and after", bars, "ms")),
+    )
+
+
+def _bits(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
+    owners = [(row, bits(row)) for row in ledger]
+    bars = [
+        Bar(
+            row.site.name,
+            width,
+            kinds[row.choice],
+            f"{row.site.name}: {width:.4g} bits per weight as {row.choice}",
+        )
+        for row, width in owners
+        if width
+    ]
+    return Picture(
+        "Bits per layer",
+        "Stored bits per weight, scales and padding included.",
+        Markup(columns("Bits per weight, per layer", bars, "bits")),
+    )
+
+
+def _agreement(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
+    dots = [
+        Dot(
+            row.predicted_error,
+            row.measured_error,
+            kinds[row.choice],
+            f"{row.site.name}: predicted {error(row.predicted_error)}, "
+            f"measured {error(row.measured_error)}",
+        )
+        for row in ledger
+        if row.predicted_error and row.measured_error
+    ]
+    svg = scatter(
+        "Predicted against measured error per site",
+        dots,
+        ("predicted", "measured"),
+        log=True,
+        diagonal=True,
+    )
+    return Picture(
+        "Predicted and measured error",
+        "One dot per site; on the dashed line the prediction was right.",
+        Markup(svg),
+    )
+
+
+def _coverage(shares: Any, kinds: Mapping[str, str]) -> list[tuple[str, Markup]]:
+    """Two stacked bars: of multiply-accumulates, and of weights."""
+
+    def drawn(title: str, values: list[tuple[str, float]]) -> tuple[str, Markup]:
+        bars = [
+            Bar(name, v, kinds.get(name, "none"), f"{name}: {v:.1%}") for name, v in values if v
+        ]
+        return title, Markup(stacked(title, bars))
+
+    found = []
+    if any(s.macs for s in shares):
+        found.append(drawn("Multiply-accumulates", [(s.choice, s.macs or 0.0) for s in shares]))
+    if shares:
+        found.append(drawn("Weights", [(s.choice, s.weights) for s in shares]))
+    return found

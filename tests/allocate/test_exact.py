@@ -1,0 +1,273 @@
+"""cp_sat = brute force, on random small problems: values, feasibility, reasons, frontiers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes.allocate import (
+    Problem,
+    Solution,
+    brute_force,
+    cp_sat,
+    diagnose,
+    explain,
+    frontier,
+    is_feasible,
+    values_of,
+)
+from mpq_fx.passes.allocate.exact import form_of
+from mpq_fx.passes.allocate.minimize import Search, start
+from mpq_fx.passes.allocate.model import Clock
+from mpq_fx.passes.allocate.problem import within
+
+# Decimal steps, so that sums of equal numbers in another order meet a budget exactly, or nearly.
+COST = st.one_of(st.integers(0, 9).map(float), st.integers(0, 90).map(lambda n: n / 10))
+NOISE = st.one_of(COST, st.integers(-30, 30).map(lambda n: n / 10))
+
+
+@st.composite
+def problems(draw: Any, *, coupled: bool = True) -> Problem:
+    """Up to 5 units of up to 3 options; pairs of either sign, edges, ties, forced, budgets."""
+    names = ("a", "b", "c", "d", "e")[: draw(st.integers(1, 5))]
+    options = {u: ("w8", "w4", "w2")[: draw(st.integers(1, 3))] for u in names}
+    resources = {r: _table(draw, options, COST) for r in ("latency", "size")}
+    error = _table(draw, options, NOISE)
+    units = st.sampled_from(names)
+    objectives = st.permutations(("error", "latency", "size"))
+    return Problem(
+        options=options,
+        error=error,
+        objective=tuple(draw(objectives)[: draw(st.integers(1, 3))]),
+        pairs=_coupling(draw, options, NOISE) if coupled else {},
+        resources=resources,
+        edges={"latency": _coupling(draw, options, COST)} if coupled else {},
+        budgets=_budgets(draw, options, {"error": error, **resources}),
+        ties=draw(st.one_of(st.just(()), st.tuples(st.tuples(units, units)))),
+        forced=dict.fromkeys(draw(st.sets(units, max_size=1)), "w8"),
+    )
+
+
+def _table(draw: Any, options: Any, cost: Any) -> dict[tuple[str, str], float]:
+    return {(u, o): draw(cost) for u, offers in options.items() for o in offers}
+
+
+def _coupling(draw: Any, options: Any, cost: Any) -> dict[tuple[str, str, str, str], float]:
+    keys = [
+        (u, o, v, p)
+        for u in options
+        for v in options
+        if u != v
+        for o in options[u]
+        for p in options[v]
+    ]
+    chosen = draw(st.lists(st.sampled_from(keys), max_size=8, unique=True)) if keys else []
+    return {key: draw(cost) for key in chosen}
+
+
+def _budgets(draw: Any, options: Any, tables: Any) -> dict[str, float]:
+    """Near the use of some assignment, so that about half of the problems are feasible."""
+    budgets = {}
+    for name in sorted(draw(st.sets(st.sampled_from(sorted(tables))))):
+        used = sum(tables[name][u, draw(st.sampled_from(offers))] for u, offers in options.items())
+        budgets[name] = max(0.0, used * draw(st.sampled_from((0.8, 1.0, 1.0, 1.2))))
+    return budgets
+
+
+def wild(seed: int) -> Problem:
+    """Values over 12 decades, so that one scale for a whole table would lose most of them."""
+    rng = random.Random(seed)
+    options = {f"u{i}": ("w8", "w4", "w2")[: rng.randint(2, 3)] for i in range(5)}
+    keys = [(u, o) for u, offers in options.items() for o in offers]
+    error = {key: rng.choice((1, 1, 1, -1)) * 10 ** rng.uniform(-12, 0) for key in keys}
+    latency = {key: 10 ** rng.uniform(-9, 3) for key in keys}
+    pairs = {}
+    for (u, o), (v, p) in zip(keys, rng.sample(keys, len(keys)), strict=True):
+        if u != v and seed % 2:
+            pairs[u, o, v, p] = rng.choice((1, -1)) * 10 ** rng.uniform(-12, 0)
+    plan = {u: rng.choice(offers) for u, offers in options.items()}
+    budget = sum(latency[u, o] for u, o in plan.items())
+    return Problem(
+        options=options,
+        error=error,
+        objective=("error",),
+        pairs=pairs,
+        resources={"latency": latency},
+        budgets={"latency": budget},
+    )
+
+
+def solved(solver: Any, problem: Problem) -> Solution | None:
+    try:
+        return solver.solve(problem)
+    except InfeasibleError:
+        return None
+
+
+def least(problem: Problem, name: str, budgets: dict[str, float]) -> float:
+    """The smallest value of a quantity under some budgets, by brute force; inf if there is none."""
+    found = solved(brute_force, replace(problem, budgets=budgets, objective=(name,)))
+    return float("inf") if found is None else found.values[name]
+
+
+@settings(max_examples=350)
+@given(problems())
+def test_equals_brute_force_in_every_objective_and_in_feasibility(problem):
+    want, got = solved(brute_force, problem), solved(cp_sat, problem)
+    assert (want is None) == (got is None)
+    if want is None or got is None:
+        return
+    assert is_feasible(problem, got.assignment)
+    assert got.status == "OPTIMAL"
+    assert got.values == values_of(problem, got.assignment)
+    for name in problem.objective:
+        assert got.values[name] == pytest.approx(want.values[name], rel=3e-9, abs=1e-12)
+    assert within(got.bound, want.values[problem.objective[0]])
+
+
+@settings(max_examples=100)
+@given(problems())
+def test_infeasible_names_a_minimal_conflict_and_what_is_reachable(problem):
+    if solved(brute_force, problem) is not None:
+        return
+    budgets, found = problem.budgets, diagnose(problem)
+    conflict = {n: budgets[n] for n in found.conflict}
+    assert solved(brute_force, replace(problem, budgets=conflict)) is None
+    for name in conflict:
+        fewer = {n: at for n, at in conflict.items() if n != name}
+        assert solved(brute_force, replace(problem, budgets=fewer)) is not None
+    for name in budgets:
+        others = {n: at for n, at in budgets.items() if n != name}
+        assert found.alone[name] == pytest.approx(least(problem, name, {}), abs=1e-12)
+        assert found.kept[name] == pytest.approx(least(problem, name, others), abs=1e-12)
+    reachable = {n: max(at, 0.0) for n, at in found.reachable.items()}
+    assert solved(brute_force, replace(problem, budgets=reachable)) is not None
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_twelve_decades_of_spread_cost_neither_feasibility_nor_the_optimum(seed):
+    problem = wild(seed)
+    want, got = brute_force.solve(problem), cp_sat.solve(problem)
+    assert is_feasible(problem, got.assignment)
+    assert got.values["error"] == pytest.approx(want.values["error"], rel=1e-9, abs=0.0)
+    assert got.bound <= want.values["error"]
+
+
+@settings(max_examples=150)
+@given(problems(coupled=False))
+def test_lagrangian_is_feasible_and_its_bound_holds(problem):
+    want = solved(brute_force, problem)
+    if want is None or len(problem.objective) > 1:
+        return
+    name = problem.objective[0]
+    _, level = start(Search(problem, form_of(problem), name, problem.budgets, Clock(10.0)), None)
+    assert within(level.bound, want.values[name])
+    assert level.assignment is None or is_feasible(problem, level.assignment)
+
+
+@settings(max_examples=25)
+@given(problems(), st.sampled_from(("latency", "size")))
+def test_every_frontier_point_is_non_dominated(problem, resource):
+    problem = replace(problem, budgets={})
+    choices = itertools.product(*problem.options.values())
+    plans = [dict(zip(problem.options, choice, strict=True)) for choice in choices]
+    every = [values_of(problem, plan) for plan in plans if is_feasible(problem, plan)]
+    found = frontier(problem, resource, points=5)
+    spots = [(s.values[resource], s.values["error"]) for s in found]
+    assert spots == sorted(spots)
+    assert 1 <= len(spots) <= 5
+    assert spots[0][0] == pytest.approx(min(v[resource] for v in every), abs=1e-9)
+    assert spots[-1][1] == pytest.approx(min(v["error"] for v in every), abs=1e-9)
+    for use, error in spots:
+        assert not any(
+            (v[resource] < use - 1e-6 and v["error"] <= error + 1e-9)
+            or (v["error"] < error - 1e-6 and v[resource] <= use + 1e-9)
+            for v in every
+        )
+
+
+def test_frontier_with_enough_points_is_the_whole_pareto_set():
+    weights = {"a": 1.0, "b": 2.0, "c": 4.0}
+    options = dict.fromkeys(weights, ("w8", "w4"))
+    size = {(u, o): w * (2.0 if o == "w8" else 1.0) for u, w in weights.items() for o in options[u]}
+    error = {
+        (u, o): w * (0.0 if o == "w8" else 1.0) for u, w in weights.items() for o in options[u]
+    }
+    problem = Problem(options, error, ("error",), resources={"size": size}, budgets={"size": 9.0})
+    found = frontier(problem, "size", points=20)
+    assert [s.values["size"] for s in found] == [7.0 + n for n in range(8)]
+    assert [s.values["error"] for s in found] == [7.0 - n for n in range(8)]
+
+
+def test_the_same_problem_gives_the_same_answer():
+    for seed in range(5):
+        first, second = cp_sat.solve(wild(seed)), cp_sat.solve(wild(seed))
+        assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
+
+
+PAIR = Problem(
+    options={"a": ("w8", "w4"), "b": ("w8", "w4")},
+    error={("a", "w8"): 0.0, ("a", "w4"): 0.01, ("b", "w8"): 0.0, ("b", "w4"): 0.03},
+    objective=("latency",),
+    resources={
+        "latency": {("a", "w8"): 2.0, ("a", "w4"): 1.0, ("b", "w8"): 2.0, ("b", "w4"): 1.0},
+        "size": {("a", "w8"): 8.0, ("a", "w4"): 4.0, ("b", "w8"): 8.0, ("b", "w4"): 4.0},
+    },
+)
+
+
+def test_message_names_both_budgets_and_a_line_to_type():
+    error = explain(replace(PAIR, budgets={"error": 0.01, "latency": 2.5, "size": 100.0}))
+    assert str(error) == (
+        "no plan meets error <= 0.01 and latency <= 2.5 together\n"
+        "    error: budget 0.01, smallest reachable 0, 0.04 with the other budgets kept\n"
+        "    latency: budget 2.5, smallest reachable 2, 3 with the other budgets kept\n"
+        "    size: budget 100, smallest reachable 8\n"
+        '  fix  options={"tolerance": 0.2}  or  options={"max_latency": 3}'
+    )
+
+
+def test_two_conflicts_at_once_are_fixed_in_one_line():
+    error = explain(replace(PAIR, budgets={"latency": 1.0, "size": 1.0}))
+    assert error.fix == 'options={"max_latency": 2, "max_size": 8}'
+
+
+def test_a_budget_raised_to_the_printed_value_is_reachable():
+    third = {key: value / 3 for key, value in PAIR.resources["latency"].items()}
+    problem = replace(PAIR, resources={"latency": third}, budgets={"latency": 0.1})
+    with pytest.raises(InfeasibleError, match=r"0\.666667"):
+        cp_sat.solve(problem)
+    assert cp_sat.solve(replace(problem, budgets={"latency": 0.666667})).status == "OPTIMAL"
+
+
+def test_a_negative_pair_makes_the_two_worse_options_the_best():
+    cancel = {("a", "w4", "b", "w4"): -0.05}
+    found = cp_sat.solve(replace(PAIR, pairs=cancel, objective=("error",)))
+    assert found.assignment == {"a": "w4", "b": "w4"}
+    assert found.values["error"] == pytest.approx(-0.01)
+
+
+def test_an_edge_cost_keeps_two_units_in_one_format():
+    mixed = {("a", "w8", "b", "w4"): 5.0, ("a", "w4", "b", "w8"): 5.0}
+    problem = replace(PAIR, edges={"latency": mixed}, budgets={"error": 0.03})
+    assert cp_sat.solve(problem).assignment == {"a": "w8", "b": "w8"}
+
+
+def test_the_second_objective_breaks_ties_of_the_first():
+    level = dict.fromkeys(PAIR.error, 1.0)
+    problem = replace(PAIR, resources={"latency": level}, objective=("latency", "error"))
+    found = cp_sat.solve(problem)
+    assert found.assignment == {"a": "w8", "b": "w8"}
+    assert found.bounds == {"latency": 2.0, "error": 0.0}
+
+
+def test_a_hint_that_names_nothing_known_is_no_obstacle():
+    found = cp_sat.solve(PAIR, hint={"a": "w3", "z": "w8"})
+    assert found.values["latency"] == 2.0
