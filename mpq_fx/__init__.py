@@ -15,8 +15,12 @@ __version__ = "0.1.0"
 __all__ = ["Config", "MpqError", "Plan", "apply", "explain", "finalize", "refresh", "tune"]
 
 # Loaded on first use: `import mpq_fx` must not import torch, and kernels import mpq_fx.formats.
-_HOMES = {"Config": "config", "MpqError": "errors", "Plan": "facts", 
-          **dict.fromkeys(("apply", "explain", "finalize", "refresh", "tune"), "api")}
+_HOMES = {
+    "Config": "config",
+    "MpqError": "errors",
+    "Plan": "facts",
+    **dict.fromkeys(("apply", "explain", "finalize", "refresh", "tune"), "api"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,15 +17,21 @@ from mpq_fx.facts import Plan
 from mpq_fx.registry import ROOTS, bindings_of, entries, root_of, totals
 
 if TYPE_CHECKING:
-    from mpq_fx.explain import Report
+    from mpq_fx.report import Report
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], float]
-UNLIMITED = 1 << 30          # calibration calls that no caller reaches: `tune` decides when to solve
 
 
-def tune(model: torch.nn.Module, batches: Iterable[Any], *, metric: Metric | None = None,
-         max_drop: float | None = None, config: Config | None = None, progress: bool = True) -> Plan:
+def tune(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    config: Config | None = None,
+    progress: bool = True,
+) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
     A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
@@ -35,22 +41,34 @@ def tune(model: torch.nn.Module, batches: Iterable[Any], *, metric: Metric | Non
     """
     from mpq_fx.tuning import tune_model
 
-    return tune_model(model, list(batches), metric=metric, max_drop=max_drop,
-                      config=config or Config(), progress=progress)
+    return tune_model(
+        model,
+        list(batches),
+        metric=metric,
+        max_drop=max_drop,
+        config=config or Config(),
+        progress=progress,
+    )
 
 
-def apply(model: torch.nn.Module, plan: Plan | str | Path, *, release: bool = False,
-          config: Config | None = None) -> Any:
+def apply(
+    model: torch.nn.Module,
+    plan: Plan | str | Path,
+    *,
+    release: bool = False,
+    config: Config | None = None,
+) -> Any:
     """model + plan -> compiled model that starts without calibration.
 
     release=True frees the float weights on the first call: no refresh and no training after that.
     A plan with codes also fills a model on the meta device.
     """
-    from mpq_fx.plan import load, materialize
+    from mpq_fx.codes import materialize
+    from mpq_fx.plan import load
 
     plan = plan if isinstance(plan, Plan) else load(plan)
     model = root_of(model)
-    if any(p.is_meta for p in model.parameters()):
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         materialize(model, plan)
     ROOTS.add(model)
     config = replace(config or Config(), plan=plan, release=release)
@@ -60,7 +78,7 @@ def apply(model: torch.nn.Module, plan: Plan | str | Path, *, release: bool = Fa
 def explain(compiled: Any) -> Report:
     """What runs in which precision, why, what was gained and what more is possible."""
     from mpq_fx.dynamo import dynamo_facts
-    from mpq_fx.explain import report_of
+    from mpq_fx.report import report_of
 
     return report_of(entries(compiled), dynamo=dynamo_facts(), parameters=totals(compiled))
 
@@ -69,8 +87,10 @@ def finalize(compiled: Any) -> None:
     """End observing now: solve every graph of the model with the calls it has seen."""
     found = bindings_of(compiled)
     if not found:
-        raise CalibrationError("no compiled graph of this model was called yet",
-                               fix="call the compiled model under torch.inference_mode() first")
+        raise CalibrationError(
+            "no compiled graph of this model was called yet",
+            fix="call the compiled model under torch.inference_mode() first",
+        )
     for lifecycle, binding in found:
         lifecycle.finalize(binding)
 
@@ -93,5 +113,7 @@ def call(model: Callable[..., Any], batch: Any) -> Any:
         return model(batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return model(*batch)
-    raise ConfigError(f"a batch is a Tensor, a tuple or a dict, not {type(batch).__name__}",
-                      fix="mpq_fx.tune(model, [(x,), ...])")
+    raise ConfigError(
+        f"a batch is a Tensor, a tuple or a dict, not {type(batch).__name__}",
+        fix="mpq_fx.tune(model, [(x,), ...])",
+    )

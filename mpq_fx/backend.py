@@ -14,8 +14,14 @@ from mpq_fx.config import Config
 from mpq_fx.errors import ConfigError
 from mpq_fx.training import compile_training
 
-def mpq(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-        mode: str | None = None) -> Callable[..., Any]:
+
+def mpq(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
     """Dynamo's graph -> a callable that observes, then runs in mixed precision.
 
     `options` are the fields of `mpq_fx.Config`.  A graph that needs gradients goes to Inductor
@@ -32,4 +38,5 @@ def mpq(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str,
 def needs_gradients(example_inputs: Sequence[Any]) -> bool:
     """Can a gradient flow?  Grad mode is on and some input asks for one."""
     return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+        isinstance(x, Tensor) and x.requires_grad for x in example_inputs
+    )

@@ -21,39 +21,39 @@ from mpq_fx.facts import Plan
 from mpq_fx.passes.lower.constants import Recipe, evaluate
 from mpq_fx.watch import Watch
 
-RECORD_BYTES = 1 << 28            # bound on the inputs kept for calibration
+RECORD_BYTES = 1 << 28  # bound on the inputs kept for calibration
 
 
 @dataclass(frozen=True)
 class Installed:
     """What a binding runs after its plan is solved: a compiled graph over owned constants."""
 
-    run: Callable[..., Any]               # of the live arguments
-    live: tuple[int, ...]                 # positions, among all arguments, that `run` takes
-    constants: GraphModule                # owns the buffers that `run` reads
-    live_names: tuple[str, ...]           # placeholders at those positions
-    source: GraphModule                   # the graph the recipes compute in
+    run: Callable[..., Any]  # of the live arguments
+    live: tuple[int, ...]  # positions, among all arguments, that `run` takes
+    constants: GraphModule  # owns the buffers that `run` reads
+    live_names: tuple[str, ...]  # placeholders at those positions
+    source: GraphModule  # the graph the recipes compute in
     recipes: tuple[Recipe, ...] = ()
-    accepts: Callable[[Sequence[Any]], bool] = lambda args: True   # sizes this compilation is for
+    accepts: Callable[[Sequence[Any]], bool] = lambda args: True  # sizes this compilation is for
 
 
 @dataclass
 class Binding:
     """The mutable state of one (graph, parameters); `lock` is held while it changes."""
 
-    names: tuple[str, ...]                         # placeholders that hold parameters
+    names: tuple[str, ...]  # placeholders that hold parameters
     parameters: tuple[weakref.ref[Tensor], ...]
-    site_names: Mapping[str, str] = field(default_factory=dict)   # in the graph -> in the model
+    site_names: Mapping[str, str] = field(default_factory=dict)  # in the graph -> in the model
     records: list[tuple[Any, ...]] = field(default_factory=list)
     calls: int = 0
     plan: Plan | None = None
-    reason: str = "observing"                      # why this runs in float; "" once installed
+    reason: str = "observing"  # why this runs in float; "" once installed
     installed: Installed | None = None
-    trial: Callable[..., Any] | None = None        # a plan under test in `tune`
+    trial: Callable[..., Any] | None = None  # a plan under test in `tune`
     watch: Watch | None = None
     watched: tuple[str, ...] = ()
     released: bool = False
-    order: int = field(default_factory=itertools.count().__next__)     # of first calls
+    order: int = field(default_factory=itertools.count().__next__)  # of first calls
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def values(self) -> dict[str, Tensor]:

@@ -266,9 +266,7 @@ def _autocast_state() -> Autocast:
 @contextlib.contextmanager
 def _autocast_set(state: Autocast) -> Iterator[None]:
     """Autocast exactly as in `state`, set without a trace in the graph."""
-    before = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES
-    ]
+    before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES]
     wanted = dict(state)
     for device, _, dtype in before:
         torch.set_autocast_enabled(device, device in wanted)
@@ -393,7 +391,9 @@ class _Explicit(Interpreter):
             return super().call_function(target, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         dtypes = iter(casts.dtypes)
-        leaves = [_cast(leaf, next(dtypes)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = [
+            _cast(leaf, next(dtypes)) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
         args, kwargs = tree_unflatten(leaves, spec)
         if casts.out is not None:
             kwargs = {**kwargs, "dtype": casts.out}
@@ -484,10 +484,14 @@ def _refuse_aliases(
         if isinstance(leaf, Node) and _storage(leaf) == _storage(nodes[index]):
             value, mutated = leaf.meta["val"], nodes[index].meta["val"]
             if value.shape != mutated.shape or value.stride() != mutated.stride():
-                raise _RefusedError("an output is a view of an input that the graph changes in place")
+                raise _RefusedError(
+                    "an output is a view of an input that the graph changes in place"
+                )
     mine = example_inputs[index].untyped_storage().data_ptr()
     for other, example in enumerate(example_inputs):
         if other == index or not isinstance(example, Tensor) or not mine:
             continue
         if example.untyped_storage().data_ptr() == mine:
-            raise _RefusedError("two inputs share memory and the graph changes one of them in place")
+            raise _RefusedError(
+                "two inputs share memory and the graph changes one of them in place"
+            )

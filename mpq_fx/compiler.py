@@ -21,7 +21,7 @@ from mpq_fx.config import Config
 from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
 from mpq_fx.facts import Plan, Site
-from mpq_fx.graph import clone, output_of, placeholders, run_passes
+from mpq_fx.graph import clone, mark_weights, output_of, placeholders, run_passes
 from mpq_fx.install import donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
@@ -29,7 +29,7 @@ from mpq_fx.passes import CANONICALIZE
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
 from mpq_fx.registry import all_bindings, naming_root, site_names
-from mpq_fx.search import search
+from mpq_fx.search import Judge, search
 from mpq_fx.settle import settle
 
 log = logging.getLogger("mpq_fx")
@@ -39,43 +39,71 @@ log = logging.getLogger("mpq_fx")
 class Graph:
     """One captured graph and what is known of it before any call."""
 
-    gm: GraphModule                     # canonical
-    raw: GraphModule                    # as captured: what `.bfloat16()` is measured on
+    gm: GraphModule  # canonical
+    raw: GraphModule  # as captured: what `.bfloat16()` is measured on
     sites: tuple[Site, ...]
-    names: tuple[str, ...]              # of the placeholders
-    paths: dict[str, str]               # placeholder of a parameter or buffer -> its path in the frame
-    parameters: tuple[int, ...]         # positions of parameters and of buffers nobody writes to
-    caches: frozenset[int]              # outputs that are caches: not part of the error
+    names: tuple[str, ...]  # of the placeholders
+    paths: dict[str, str]  # placeholder of a parameter or buffer -> its path in the frame
+    parameters: tuple[int, ...]  # positions of parameters and of buffers nobody writes to
+    caches: frozenset[int]  # outputs that are caches: not part of the error
     passes: tuple[tuple[str, int], ...]  # what canonicalization changed
 
 
-def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config
+) -> Callable[..., Any]:
     """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
     captured = capture(gm, example_inputs)
     run_float = float_callable(gm, example_inputs, config)
     if captured.refusal:
         log.warning("a graph stays in float: %s", captured.refusal)
-        return Lifecycle(empty_graph(gm, captured.parameters), run_float, config, reason=captured.refusal)
+        return Lifecycle(
+            empty_graph(gm, captured.parameters), run_float, config, reason=captured.refusal
+        )
+    mark_weights(captured.gm, captured.parameters.keys() - set(captured.mutated))
     raw, _ = clone(captured.gm)
     changed = run_passes(captured.gm, CANONICALIZE)
     names = tuple(node.name for node in placeholders(captured.gm))
     graph = Graph(
-        captured.gm, raw, tuple(find_sites(captured.gm, captured.parameters)), names,
+        captured.gm,
+        raw,
+        tuple(find_sites(captured.gm, captured.parameters)),
+        names,
         dict(captured.parameters),
-        tuple(k for k, name in enumerate(names)
-              if name in captured.parameters and name not in captured.mutated),
-        cache_outputs(captured.gm), tuple(changed))
-    return Lifecycle(graph, run_float, config, optimize=partial(optimize, graph, run_float),
-                     welcome=partial(welcome, graph, frame_root()))
+        tuple(
+            k
+            for k, name in enumerate(names)
+            if name in captured.parameters and name not in captured.mutated
+        ),
+        cache_outputs(captured.gm),
+        tuple(changed),
+    )
+    return Lifecycle(
+        graph,
+        run_float,
+        config,
+        optimize=partial(optimize, graph, run_float),
+        welcome=partial(welcome, graph, frame_root()),
+    )
 
 
-def optimize(graph: Graph, run_float: Callable[..., Any], binding: Binding, config: Config) -> None:
-    """Observed binding in; plan solved, verified and installed."""
+def optimize(
+    graph: Graph,
+    run_float: Callable[..., Any],
+    binding: Binding,
+    config: Config,
+    judge: Judge | None = None,
+) -> None:
+    """Observed binding in; plan solved, verified and installed.
+
+    With `judge` (in `tune`) the user's metric takes the place of the error in the bisection.
+    """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        measured = measure(graph, binding, config, clock)      # tables of error, latency, bytes
-        found = search(measured, config, clock)                # CP-SAT + bisection on measured error
-        settled = settle(graph, measured, found, config, clock, run_float)      # never worse
+        measured = measure(graph, binding, config, clock)  # tables of error, latency, bytes
+        log.debug("measured in %s", clock.timings)
+        found = search(measured, config, clock, judge)  # CP-SAT + bisection on measured error
+        settled = settle(graph, measured, found, config, clock, run_float)  # never worse
         plan = describe(graph, binding, measured, settled, config, clock)
     if settled.winner.installed is None:
         binding.keep_float("no allowed plan is faster than float", plan)
@@ -83,8 +111,9 @@ def optimize(graph: Graph, run_float: Callable[..., Any], binding: Binding, conf
         binding.install(settled.winner.installed, plan)
 
 
-def welcome(graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, binding: Binding
-            ) -> None:
+def welcome(
+    graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, binding: Binding
+) -> None:
     """A first call with new parameters: name the sites, and start from a plan where there is one."""
     config = lifecycle.config
     root = naming_root(binding, frame)
@@ -106,8 +135,9 @@ def loaded(config: Config) -> Plan | None:
     return load(str(config.plan))
 
 
-def float_callable(gm: GraphModule, example_inputs: Sequence[Any], config: Config
-                   ) -> Callable[..., Any]:
+def float_callable(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config
+) -> Callable[..., Any]:
     """Inductor as the user would have it; eager on the reference target, which generates no code,
     and where a plan is at hand, so that float is only the fallback."""
     if config.plan is not None or config.target == "reference":

@@ -23,22 +23,22 @@ RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops")
 class Config:
     """The user's wishes.  Raises ConfigError at once for anything that cannot be meant."""
 
-    objective: str = "latency"                      # what is minimized
-    tolerance: str | float | None = "bf16"          # largest relative RMS error of an output
-    max_latency: float | str | None = None          # ms, or "0.5x" of float
-    max_size: float | str | None = None             # bytes of weights, or "0.5x"
-    max_bits: float | str | None = None             # mean bits over site weights, scales included
-    max_bops: float | str | None = None             # multiply-accumulates × bits × bits
-    formats: Mapping[str, tuple[str, ...]] | tuple[str, ...] | None = None   # globally or per glob
-    sensitivity: str = "auto"                       # metric of the error table
-    calibration_calls: int = 8                      # distinct calls observed per binding
+    objective: str = "latency"  # what is minimized
+    tolerance: str | float | None = "bf16"  # largest relative RMS error of an output
+    max_latency: float | str | None = None  # ms, or "0.5x" of float
+    max_size: float | str | None = None  # bytes of weights, or "0.5x"
+    max_bits: float | str | None = None  # mean bits over site weights, scales included
+    max_bops: float | str | None = None  # multiply-accumulates × bits × bits
+    formats: Mapping[str, tuple[str, ...]] | tuple[str, ...] | None = None  # globally or per glob
+    sensitivity: str = "auto"  # metric of the error table
+    calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"
-    time_budget: float = 60.0                       # seconds of measuring, solving, compiling
-    plan: Plan | str | Path | None = None           # use this plan, no calibration
-    on_error: str = "raise"                         # or "float"
-    cache_dir: str | Path | None = None             # measured latencies; default: user cache
+    time_budget: float = 60.0  # seconds of measuring, solving, compiling
+    plan: Plan | str | Path | None = None  # use this plan, no calibration
+    on_error: str = "raise"  # or "float"
+    cache_dir: str | Path | None = None  # measured latencies; default: user cache
     seed: int = 0
-    release: bool = field(default=False, repr=False)   # set by apply(release=True)
+    release: bool = field(default=False, repr=False)  # set by apply(release=True)
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, OBJECTIVES)
@@ -87,16 +87,19 @@ def nearest(name: str, valid: list[str] | tuple[str, ...]) -> str:
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(valid)}",
-                          fix=nearest(str(value), valid))
+        raise ConfigError(
+            f"{name}={value!r} is not one of {', '.join(valid)}", fix=nearest(str(value), valid)
+        )
 
 
 def _check_tolerance(value: object) -> None:
     if value is None or value == "bf16":
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_positive(value):
-        raise ConfigError(f"tolerance={value!r} is neither 'bf16', a positive number, nor None",
-                          fix='options={"tolerance": 0.02}')
+        raise ConfigError(
+            f"tolerance={value!r} is neither 'bf16', a positive number, nor None",
+            fix='options={"tolerance": 0.02}',
+        )
 
 
 def _check_budget(name: str, value: object) -> None:
@@ -109,16 +112,20 @@ def _check_budget(name: str, value: object) -> None:
         except ValueError:
             number = math.nan
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not _is_positive(number):
-        raise ConfigError(f"{name}={value!r} is neither a positive number nor a share such as '0.5x'",
-                          fix=f'options={{"{name}": "0.5x"}}')
+        raise ConfigError(
+            f"{name}={value!r} is neither a positive number nor a share such as '0.5x'",
+            fix=f'options={{"{name}": "0.5x"}}',
+        )
 
 
 def _check_number(name: str, value: object, *, least: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
         kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"{name}={value!r} must be {kind} of at least {least}",
-                          fix=f'options={{"{name}": {max(least, 8) if whole else 60.0}}}')
+        raise ConfigError(
+            f"{name}={value!r} must be {kind} of at least {least}",
+            fix=f'options={{"{name}": {max(least, 8) if whole else 60.0}}}',
+        )
 
 
 def _is_positive(value: float) -> bool:
@@ -127,12 +134,19 @@ def _is_positive(value: float) -> bool:
 
 def _check_conflicts(config: Config) -> None:
     if config.objective == "error" and all(getattr(config, n) is None for n in RELATIVE_BUDGETS):
-        raise ConfigError("objective='error' without a budget is the float model itself",
-                          fix='add one, for example options={"objective": "error", "max_size": "0.5x"}')
-    if config.tolerance is None and config.objective == "latency" and all(
-            getattr(config, n) is None for n in RELATIVE_BUDGETS):
-        raise ConfigError("tolerance=None with objective='latency' allows any error at all",
-                          fix='name a tolerance: options={"tolerance": 0.05}')
+        raise ConfigError(
+            "objective='error' without a budget is the float model itself",
+            fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
+        )
+    if (
+        config.tolerance is None
+        and config.objective == "latency"
+        and all(getattr(config, n) is None for n in RELATIVE_BUDGETS)
+    ):
+        raise ConfigError(
+            "tolerance=None with objective='latency' allows any error at all",
+            fix='name a tolerance: options={"tolerance": 0.05}',
+        )
 
 
 def _as_rules(name: str, value: object) -> object:
@@ -140,8 +154,10 @@ def _as_rules(name: str, value: object) -> object:
     if value is None:
         return None
     if isinstance(value, str):
-        raise ConfigError(f"{name}={value!r} is a string, not a list of names",
-                          fix=f'options={{"{name}": ["{value}"]}}')
+        raise ConfigError(
+            f"{name}={value!r} is a string, not a list of names",
+            fix=f'options={{"{name}": ["{value}"]}}',
+        )
     if isinstance(value, Mapping):
         return {str(glob): tuple(names) for glob, names in value.items()}
     return {"*": tuple(value)}  # type: ignore[call-overload]
@@ -151,7 +167,7 @@ def _check_names(config: Config) -> None:
     from mpq_fx.formats import format_named
 
     rules = config.formats or {}
-    for names in rules.values():                    # type: ignore[union-attr]
+    for names in rules.values():  # type: ignore[union-attr]
         for name in names:
             for part in str(name).split("/")[0].split("*"):
                 format_named(part)

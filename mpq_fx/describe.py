@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,10 @@ import torch
 from mpq_fx.binding import Binding
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
-from mpq_fx.facts import Plan, Row, Site, SolverFacts, Table
+from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
-from mpq_fx.passes.allocate import Solution, frontier
 from mpq_fx.passes.analyze.replay import output_error
-from mpq_fx.problem import problem
+from mpq_fx.resolve import frontier, solver_facts
 from mpq_fx.settle import Settled, caller, fresh
 
 if TYPE_CHECKING:
@@ -26,34 +26,54 @@ FRONTIER_POINTS = 7
 FRONTIER_SECONDS = 1.0
 
 
-def describe(graph: Graph, binding: Binding, measured: Measured, settled: Settled, config: Config,
-             clock: Clock) -> Plan:
+def describe(
+    graph: Graph,
+    binding: Binding,
+    measured: Measured,
+    settled: Settled,
+    config: Config,
+    clock: Clock,
+) -> Plan:
     """Everything a reader, a second process or a new budget needs to know of one binding."""
     names, winner = binding.site_names, settled.winner
     choices = parse(measured.proposal, winner.assignment)
     tables = {name: _renamed(table, names) for name, table in measured.tables.items()}
     ties = tuple(tuple(names[s] for s in tie) for tie in measured.ties)
-    with clock.stage("frontier"):
-        points = _frontier(tables, settled, ties)
-    return Plan(
+    plan = Plan(
         choices={names[site]: choice for site, choice in choices.items()},
         ledger=tuple(_row(s, measured, settled, names) for s in measured.sites),
-        target=measured.target.name, error=_reported_error(graph, measured, settled),
-        tolerance=measured.tolerance, objective=config.objective,
+        target=measured.target.name,
+        error=_reported_error(graph, measured, settled),
+        tolerance=measured.tolerance,
+        objective=config.objective,
         latency_ms={name: t.median for name, t in settled.timings.items()},
-        errors=settled.errors, winner=winner.name, budgets=settled.found.budgets,
-        baseline=settled.found.baseline, tables=tables, ties=ties,
-        error_scale=settled.found.candidate.scale,
-        solver=_solver_facts(settled.found.candidate.solution), frontier=points,
-        timings=dict(clock.timings), fingerprint=fingerprint(measured.sites, names),
-        provenance=provenance(measured, config), notes=_notes(graph, measured, settled, clock),
-        tensors=_scales(measured, names))
+        errors=settled.errors,
+        winner=winner.name,
+        budgets=settled.found.budgets,
+        baseline=settled.found.baseline,
+        tables=tables,
+        ties=ties,
+        error_scale=settled.found.candidate.scale or 1.0,
+        solver=solver_facts(settled.found.candidate.solution),
+        timings=dict(clock.timings),
+        fingerprint=fingerprint(measured.sites, names),
+        provenance=provenance(measured, config),
+        notes=_notes(graph, measured, settled, clock),
+        tensors=_scales(measured, names),
+    )
+    with clock.stage("frontier"):
+        points = frontier(plan, points=FRONTIER_POINTS, time_limit=FRONTIER_SECONDS)
+    return replace(plan, points=points, timings=dict(clock.timings))
 
 
 def fingerprint(sites: tuple[Site, ...], names: Mapping[str, str]) -> dict[str, Any]:
     """What a model must have for a plan to be its own: sites, weight shapes, dtypes."""
-    return {"sites": {names[s.name]: {"op": s.op, "weight_shape": list(s.weight_shape),
-                                      "dtype": s.dtype} for s in sites}}
+    return {
+        "sites": {
+            names[s.name]: {"op": s.op, "weight_shape": list(s.weight_shape), "dtype": s.dtype}
+            for s in sites
+        }
+    }
 
 
 def provenance(measured: Measured, config: Config) -> dict[str, Any]:
@@ -64,10 +84,14 @@ def provenance(measured: Measured, config: Config) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
-    return {"packages": packages, "machine": platform.machine(), "threads": torch.get_num_threads(),
-            "target": dict(measured.target.facts()), "seed": config.seed,
-            "calls": {part: len(getattr(measured.parts, part))
-                      for part in ("fit", "choose", "report")}}
+    return {
+        "packages": packages,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "target": dict(measured.target.facts()),
+        "seed": config.seed,
+        "calls": {part: len(getattr(measured.parts, part)) for part in ("fit", "choose", "report")},
+    }
 
 
 def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, str]) -> Row:
@@ -76,18 +100,20 @@ def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, s
     power = tables["error"].values.get((site.name, choice), 0.0)
     ms = tables["latency"].values
     return Row(
-        site=_named(site, names), choice=choice, reason=_reason(site, choice, measured),
+        site=_named(site, names),
+        choice=choice,
+        reason=_reason(site, choice, measured),
         refusals=measured.proposal.refusals[site.name],
         kernel=settled.winner.kernels.get(site.name, "inductor"),
-        predicted_error=max(power, 0.0) ** 0.5, ms_before=ms[site.name, first],
+        predicted_error=max(power, 0.0) ** 0.5,
+        ms_before=ms[site.name, first],
         ms_after=ms[site.name, choice],
-        weight_bytes=int(tables["size"].values[site.name, choice]))
+        weight_bytes=int(tables["size"].values[site.name, choice]),
+    )
 
 
 def _named(site: Site, names: Mapping[str, str]) -> Site:
-    import dataclasses
-
-    return dataclasses.replace(site, name=names[site.name])
+    return replace(site, name=names[site.name])
 
 
 def _reason(site: Site, choice: str, measured: Measured) -> str:
@@ -115,33 +141,6 @@ def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float
     return max(errors)
 
 
-def _frontier(tables: Mapping[str, Table], settled: Settled, ties: tuple[tuple[str, ...], ...]
-              ) -> tuple[dict[str, float], ...]:
-    """What more is possible: predicted latency against predicted error, from the tables alone."""
-    found = settled.found
-    if not tables["error"].values:
-        return ()
-    budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
-    base = problem(tables, objective="latency", budgets=budgets, baseline=found.baseline, ties=ties)
-    before = found.baseline["latency"]
-    rest = settled.timings.get("inductor float")
-    whole = rest.median if rest else before
-    points = []
-    for solution in frontier(base, "latency", FRONTIER_POINTS, FRONTIER_SECONDS):
-        ms = solution.values["latency"]
-        points.append({"error": max(solution.values["error"], 0.0) ** 0.5, "site_ms": ms,
-                       "speedup_of_sites": before / ms if ms > 0 else 1.0,
-                       "size": solution.values.get("size", 0.0), "float_ms": whole})
-    return tuple(points)
-
-
-def _solver_facts(solution: Solution) -> SolverFacts:
-    first = solution.objective[0]
-    return SolverFacts(solution.status, tuple(solution.objective), solution.values[first],
-                       solution.bound, solution.gap, round(solution.seconds, 4),
-                       dict(solution.scale))
-
-
 def _notes(graph: Graph, measured: Measured, settled: Settled, clock: Clock) -> tuple[str, ...]:
     notes = list(clock.cuts)
     if graph.caches:
@@ -154,12 +153,10 @@ def _notes(graph: Graph, measured: Measured, settled: Settled, clock: Clock) -> 
 
 
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:
-    import dataclasses
-
     def rename(values: Mapping[Any, float]) -> dict[Any, float]:
         return {(names[key[0]], *key[1:]): value for key, value in values.items()}
 
-    return dataclasses.replace(table, values=rename(table.values), spread=rename(table.spread))
+    return replace(table, values=rename(table.values), spread=rename(table.spread))
 
 
 def _scales(measured: Measured, names: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Choice, Scaling
 
-SCALINGS = get_args(Scaling)
+SCALINGS: dict[str, Scaling] = {"": "none", "/static": "static", "/dynamic": "dynamic"}
 NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers; a measured error may be one
 
 
@@ -60,15 +60,16 @@ def decode(value: Any, kind: Any, at: str) -> Any:
 def parse_choice(name: str, *, at: str = "") -> Choice:
     """parse_choice(choice.name) == choice: "int8*int8_tensor/static"; no format is looked up."""
     core, *transforms = name.split("+")
-    core, slash, scaling = core.partition("/")
+    core, slash, scaled = core.partition("/")
+    scaling = SCALINGS.get(slash + scaled)
     weight, _, activation = core.partition("*")
-    if not weight or (slash and scaling not in SCALINGS[1:]) or not all(transforms):
+    if not weight or scaling is None or not all(transforms):
         raise PlanError(
             f"{name!r} is not a choice",
             at=at,
             fix='weight*activation/scaling+transform, for example "int8*uint8_tensor/static"',
         )
-    return Choice(weight, activation or weight, scaling or "none", tuple(transforms))
+    return Choice(weight, activation or weight, scaling, tuple(transforms))
 
 
 def _decode_record(value: Any, kind: Any, at: str) -> Any:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mpq_fx.plan import Difference
 
 Scaling = Literal["none", "static", "dynamic"]
 
@@ -44,20 +49,20 @@ BFLOAT16 = Choice("bfloat16", "bfloat16")
 class Site:
     """One op of the canonical graph that may run in another precision."""
 
-    name: str                       # unique within a model: the qualified name of the weight's owner
-    op: str                         # linear | conv | matmul | attention | embedding | grouped_matmul
-    node: str                       # name of the node in the canonical graph
-    weight: str | None = None       # placeholder that holds the float weight, as float values
+    name: str  # unique within a model: the qualified name of the weight's owner
+    op: str  # linear | conv | matmul | attention | embedding | grouped_matmul
+    node: str  # name of the node in the canonical graph
+    weight: str | None = None  # placeholder that holds the float weight, as float values
     bias: str | None = None
-    input_shape: tuple[Any, ...] = ()    # of the activation; ints, or strings for symbolic sizes
+    input_shape: tuple[Any, ...] = ()  # of the activation; ints, or strings for symbolic sizes
     weight_shape: tuple[int, ...] = ()
     output_shape: tuple[Any, ...] = ()
-    attributes: tuple[Any, ...] = ()     # of a convolution: stride, padding, dilation, groups
-    dtype: str = "float32"          # what the user's model computes this site in
-    macs: int = 0                   # multiply-accumulates of one call, at the calibrated shape
-    group: str | None = None        # sites that read the same tensor (q/k/v) share this key
-    path: str = ""                  # module path, as a user would write it
-    source: str = ""                # "model.py:31", the user's line
+    attributes: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, groups
+    dtype: str = "float32"  # what the user's model computes this site in
+    macs: int = 0  # multiply-accumulates of one call, at the calibrated shape
+    group: str | None = None  # sites that read the same tensor (q/k/v) share this key
+    path: str = ""  # module path, as a user would write it
+    source: str = ""  # "model.py:31", the user's line
 
     @property
     def weight_numel(self) -> int:
@@ -76,7 +81,7 @@ class Table:
     """
 
     metric: str
-    measure: str                                              # "noise_power" | "ms" | "bytes" | ...
+    measure: str  # "noise_power" | "ms" | "bytes" | ...
     values: Mapping[tuple[str, str], float]
     pairs: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
     spread: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -89,10 +94,10 @@ class Row:
 
     site: Site
     choice: str
-    reason: str = ""                            # why not quantized / why this choice
-    refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   # choice -> reasons
-    kernel: str = ""                            # the callee in the final graph
-    predicted_error: float | None = None        # relative RMS at the graph's outputs, this site alone
+    reason: str = ""  # why not quantized / why this choice
+    refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # choice -> reasons
+    kernel: str = ""  # the callee in the final graph
+    predicted_error: float | None = None  # relative RMS at the graph's outputs, this site alone
     measured_error: float | None = None
     ms_before: float | None = None
     ms_after: float | None = None
@@ -103,13 +108,13 @@ class Row:
 class SolverFacts:
     """What the solver proved: objective value, best bound, relative gap."""
 
-    status: str                                  # OPTIMAL | FEASIBLE
+    status: str  # OPTIMAL | FEASIBLE
     objective: tuple[str, ...]
     value: float
     bound: float
     gap: float
     seconds: float
-    scale: Mapping[str, float] = field(default_factory=dict)   # integer units per float unit
+    scale: Mapping[str, float] = field(default_factory=dict)  # integer units per float unit
 
 
 @dataclass(frozen=True)
@@ -119,21 +124,46 @@ class Plan:
     choices: Mapping[str, Choice]
     ledger: tuple[Row, ...]
     target: str
-    error: float | None = None              # relative RMS on the report part, measured
-    tolerance: float | None = None          # what was allowed, as a number
-    latency_ms: Mapping[str, float] = field(default_factory=dict)   # variant -> measured median
-    errors: Mapping[str, float] = field(default_factory=dict)       # variant -> measured error
-    winner: str = "plan"                    # the variant that was installed, and why in `notes`
+    error: float | None = None  # relative RMS on the report part, measured
+    tolerance: float | None = None  # what was allowed, as a number
+    latency_ms: Mapping[str, float] = field(default_factory=dict)  # variant -> measured median
+    errors: Mapping[str, float] = field(default_factory=dict)  # variant -> measured error
+    winner: str = "plan"  # the variant that was installed, and why in `notes`
     objective: str = "latency"
-    budgets: Mapping[str, float] = field(default_factory=dict)      # tolerance, max_latency, … numbers
-    baseline: Mapping[str, float] = field(default_factory=dict)     # latency, size, … of float, whole
-    tables: Mapping[str, Table] = field(default_factory=dict)       # error, latency, size, bits, bops
-    ties: tuple[tuple[str, ...], ...] = ()                          # sites that share a choice
-    error_scale: float = 1.0                # predicted error budget / tolerance², found by bisection
+    budgets: Mapping[str, float] = field(default_factory=dict)  # tolerance, max_latency, … numbers
+    baseline: Mapping[str, float] = field(default_factory=dict)  # latency, size, … of float, whole
+    tables: Mapping[str, Table] = field(default_factory=dict)  # error, latency, size, bits, bops
+    ties: tuple[tuple[str, ...], ...] = ()  # sites that share a choice
+    error_scale: float = 1.0  # predicted error budget / tolerance², found by bisection
     solver: SolverFacts | None = None
-    frontier: tuple[Mapping[str, Any], ...] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)      # stage -> seconds
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)    # of the model: sites and shapes
-    provenance: Mapping[str, Any] = field(default_factory=dict)     # versions, device, isa, seed
-    notes: tuple[str, ...] = ()             # what was cut short, excluded, or surprising
-    tensors: Mapping[str, Any] = field(default_factory=dict)        # static scales, codes if kept
+    points: tuple[Mapping[str, Any], ...] = ()  # of the frontier of error and latency
+    timings: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)  # of the model: sites and shapes
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, device, isa, seed
+    notes: tuple[str, ...] = ()  # what was cut short, excluded, or surprising
+    tensors: Mapping[str, Any] = field(default_factory=dict)  # static scales, codes if kept
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (JSON), and tensors beside it as safetensors."""
+        import_module("mpq_fx.plan").save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """The plan that `save` wrote; PlanError for any other file."""
+        return import_module("mpq_fx.plan").load(path)
+
+    def resolve(self, **wishes: Any) -> Plan:
+        """Solve again without data: objective, tolerance, max_latency, max_size, max_bits, max_bops."""
+        return import_module("mpq_fx.resolve").resolve(self, **wishes)
+
+    def frontier(self, resource: str = "latency", points: int = 9) -> tuple[dict[str, Any], ...]:
+        """Trade-offs of `resource` against error that no other plan improves on, from the tables."""
+        return import_module("mpq_fx.resolve").frontier(self, resource, points)
+
+    def with_codes(self, model: Any) -> Plan:
+        """This plan with the model's weights as codes, so that it can fill a meta-device model."""
+        return import_module("mpq_fx.codes").attach(self, model)
+
+    def diff(self, other: Plan) -> Difference:
+        """What is not the same in `other`; str() for people."""
+        return import_module("mpq_fx.plan").diff(self, other)

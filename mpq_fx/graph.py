@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-SITE = "mpq_site"        # meta key: the site that a node computes, kept through rewrite and lowering
+SITE = "mpq_site"  # meta key: the site that a node computes, kept through rewrite and lowering
+WEIGHT = "mpq_weight"  # meta key: does the node depend on parameters and constants alone?
 Pass = Callable[[GraphModule], int]
 
 
@@ -21,6 +22,24 @@ def value(node: Node) -> Any:
 
 def placeholders(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def mark_weights(gm: GraphModule, parameters: Collection[str]) -> None:
+    """Note on each node whether it depends on `parameters` (placeholders) and constants alone."""
+    for node in gm.graph.nodes:
+        node.meta[WEIGHT] = (
+            node.name in parameters if node.op == "placeholder" else _from_weights(node)
+        )
+
+
+def is_weight(node: Any) -> bool:
+    """Is a node's value known before any call: computed from parameters, buffers and constants?"""
+    return isinstance(node, Node) and node.meta.get(WEIGHT, False)
+
+
+def _from_weights(node: Node) -> bool:
+    inputs = node.all_input_nodes
+    return node.op == "get_attr" or (bool(inputs) and all(map(is_weight, inputs)))
 
 
 def output_of(gm: GraphModule) -> Node:
@@ -50,7 +69,9 @@ def where(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """ "model.py:31": the innermost user line of a node's stack trace, or ""."""
-    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if "File \"" in line]
+    frames = [
+        line for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line
+    ]
     if not frames:
         return ""
     file, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
@@ -68,14 +89,27 @@ def module_path(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """L['self']._modules['encoder']._modules['0'] -> encoder.0"""
-    for old, new in (("L['self']", ""), ("L['fn']", ""), ("._modules", ""), ("._parameters", ""),
-                     ("._buffers", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+    for old, new in (
+        ("L['self']", ""),
+        ("L['fn']", ""),
+        ("._modules", ""),
+        ("._parameters", ""),
+        ("._buffers", ""),
+        ("['", "."),
+        ("']", ""),
+        ("[", "."),
+        ("]", ""),
+    ):
         path = path.replace(old, new)
     return path.strip(".")
 
 
-def insert_call(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...],
-                kwargs: dict[str, Any] | None = None) -> Node:
+def insert_call(
+    anchor: Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Node:
     """A new call before `anchor`, with its provenance and with its own fake value."""
     graph, kwargs = anchor.graph, kwargs or {}
     with graph.inserting_before(anchor):
@@ -86,6 +120,7 @@ def insert_call(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...],
     fake_args, fake_kwargs = map_arg((args, kwargs), value)
     with fake_mode_of(graph) or nullcontext(), torch.no_grad():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
+    node.meta[WEIGHT] = _from_weights(node)
     return node
 
 
@@ -100,6 +135,7 @@ def insert_constant(gm: GraphModule, anchor: Node, name: str, tensor: torch.Tens
         node = gm.graph.get_attr(unique)
     mode = fake_mode_of(gm.graph)
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+    node.meta[WEIGHT] = True
     return node
 
 
@@ -164,4 +200,6 @@ def check(gm: GraphModule, signature: object, blame: str) -> None:
     gm.graph.lint()
     assert signature_of(gm) == signature, f"pass {blame} changed the signature of the graph"
     for node in gm.graph.nodes:
-        assert node.op != "call_function" or "val" in node.meta, f"pass {blame}: {node} has no value"
+        assert node.op != "call_function" or "val" in node.meta, (
+            f"pass {blame}: {node} has no value"
+        )

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> None:
     """Lower the plan's choices for this graph; raises PlanError where it cannot mean this model."""
     target = available(target_named(plan.target if config.target == "auto" else config.target))
-    choices = {site.name: chosen(plan, site, binding.site_names[site.name], target)
-               for site in graph.sites}
+    choices = {
+        site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
+    }
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        installed, _ = lower(graph, target, binding.values(), choices,
-                             scales_of(plan, binding.site_names))
+        installed, _ = lower(
+            graph, target, binding.values(), choices, scales_of(plan, binding.site_names)
+        )
     binding.install(installed, plan)
 
 
@@ -36,19 +38,29 @@ def chosen(plan: Plan, site: Site, name: str, target: Target) -> Choice:
     """The plan's choice for one site, checked against the site and the target."""
     known = plan.fingerprint["sites"].get(name)
     if known is None:
-        raise PlanError(f"the plan has no site {name!r} ({site.op})", at=site.source,
-                        fix="tune this model: mpq_fx.tune(model, batches)")
-    for fact, here in (("op", site.op), ("weight_shape", list(site.weight_shape)),
-                       ("dtype", site.dtype)):
+        raise PlanError(
+            f"the plan has no site {name!r} ({site.op})",
+            at=site.source,
+            fix="tune this model: mpq_fx.tune(model, batches)",
+        )
+    for fact, here in (
+        ("op", site.op),
+        ("weight_shape", list(site.weight_shape)),
+        ("dtype", site.dtype),
+    ):
         if known[fact] != here:
-            raise PlanError(f"{name}: the plan was made for {fact} {known[fact]}, "
-                            f"this model has {here}", at=site.source,
-                            fix="tune this model: mpq_fx.tune(model, batches)")
+            raise PlanError(
+                f"{name}: the plan was made for {fact} {known[fact]}, this model has {here}",
+                at=site.source,
+                fix="tune this model: mpq_fx.tune(model, batches)",
+            )
     choice = plan.choices[name]
     reasons = () if choice.weight == site.dtype else tuple(target.refuse(site, choice))
     if reasons:
-        raise PlanError(f"{name}: {choice} cannot run on {target.name} here: {'; '.join(reasons)}",
-                        fix="tune again on this machine, or plan.resolve(...) on the one it is from")
+        raise PlanError(
+            f"{name}: {choice} cannot run on {target.name} here: {'; '.join(reasons)}",
+            fix="tune again on this machine, or plan.resolve(...) on the one it is from",
+        )
     return choice
 
 
@@ -73,7 +85,8 @@ def donor(graph: Graph, binding: Binding, others: Iterable[Binding]) -> Plan | N
             continue
         known = other.plan.fingerprint["sites"]
         if mine <= {id(ref()) for ref in other.parameters} and all(
-                known.get(name) == facts for name, facts in wanted.items()):
+            known.get(name) == facts for name, facts in wanted.items()
+        ):
             return other.plan
     return None
 

@@ -19,20 +19,28 @@ from mpq_fx.facts import Site
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
+    from mpq_fx.search import Judge
 
 log = logging.getLogger("mpq_fx")
 
 LIFECYCLES: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
 OBSERVING = "observing"
-PATIENCE = 8            # times calibration_calls without enough distinct ones: say so
+PATIENCE = 8  # times calibration_calls without enough distinct ones: say so
 
 
 class Lifecycle:
     """The callable that Dynamo keeps for one graph; calls look up their binding and run it."""
 
-    def __init__(self, graph: Graph, run_float: Callable[..., Any], config: Config, *,
-                 optimize: Callable[[Binding, Config], None] | None = None,
-                 welcome: Callable[[Lifecycle, Binding], None] | None = None, reason: str = "") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        run_float: Callable[..., Any],
+        config: Config,
+        *,
+        optimize: Callable[..., None] | None = None,
+        welcome: Callable[[Lifecycle, Binding], None] | None = None,
+        reason: str = "",
+    ) -> None:
         self.graph, self.run_float, self.config, self.reason = graph, run_float, config, reason
         self.sites: tuple[Site, ...] = graph.sites
         self.bindings: dict[tuple[int, ...], Binding] = {}
@@ -52,19 +60,20 @@ class Lifecycle:
         if binding.installed is not None:
             return self._run(binding, parameters, args)
         if binding.released:
-            raise MpqError("this call needs the float weights, which apply(release=True) freed",
-                           fix="apply the plan without release=True")
+            raise MpqError(
+                "this call needs the float weights, which apply(release=True) freed",
+                fix="apply the plan without release=True",
+            )
         return self.run_float(*args)
 
-    def finalize(self, binding: Binding) -> None:
+    def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
         """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can go on."""
-        assert self._optimize is not None
         with binding.lock:
-            if binding.reason != OBSERVING:
+            if binding.reason != OBSERVING or self._optimize is None:
                 return
             binding.reason = "solving"
             try:
-                self._optimize(binding, self.config)
+                self._optimize(binding, self.config, judge)
             except MpqError as error:
                 binding.keep_float(error.what)
                 if self.config.on_error == "raise":
@@ -122,7 +131,7 @@ class Lifecycle:
     def _observe(self, binding: Binding, args: Sequence[Any]) -> None:
         """Keep the inputs of a call that tells something new; solve when there are enough."""
         if not binding.lock.acquire(blocking=False):
-            return                              # another thread observes or solves: run on in float
+            return  # another thread observes or solves: run on in float
         try:
             if binding.reason == OBSERVING:
                 self._keep(binding, self._record(args))
@@ -141,18 +150,24 @@ class Lifecycle:
     def _solve_if_ready(self, binding: Binding) -> None:
         enough, seen = self.config.calibration_calls, len(binding.records)
         if seen >= enough:
-            log.info("calibrated with %d calls; solving for at most %.0f s", seen,
-                     self.config.time_budget)
+            log.info(
+                "calibrated with %d calls; solving for at most %.0f s",
+                seen,
+                self.config.time_budget,
+            )
             self.finalize(binding)
         elif binding.calls == PATIENCE * enough:
-            log.warning("only %d of %d calls were distinct, so mpq still observes; "
-                        "mpq_fx.finalize(model) plans with those", seen, binding.calls)
+            log.warning(
+                "only %d of %d calls were distinct, so mpq still observes; "
+                "mpq_fx.finalize(model) plans with those",
+                seen,
+                binding.calls,
+            )
 
     def _record(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Copies of the arguments that are not parameters; a mutated buffer is copied too."""
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(None if k in self._fixed else _copy(arg)
-                         for k, arg in enumerate(args))
+            return tuple(None if k in self._fixed else _copy(arg) for k, arg in enumerate(args))
 
 
 def is_telling(record: Sequence[Any]) -> bool:

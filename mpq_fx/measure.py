@@ -43,18 +43,18 @@ class Measured:
     """Everything the search needs; units are the names of sites in the model."""
 
     target: Target
-    sites: tuple[Site, ...]                  # with the sizes of a recorded call
+    sites: tuple[Site, ...]  # with the sizes of a recorded call
     values: Mapping[str, Tensor]
     parts: Parts
     replay: Replayer
     proposal: Proposal
     observed: Mapping[str, Observed]
-    references: tuple[list[Any], ...]        # float outputs of the choose part
+    references: tuple[list[Any], ...]  # float outputs of the choose part
     tolerance: float | None
-    yardstick: float | None                  # error of the whole model in bfloat16
+    yardstick: float | None  # error of the whole model in bfloat16
     tables: Mapping[str, Table]
     ties: tuple[tuple[str, ...], ...]
-    excluded: frozenset[int]                 # outputs that are caches
+    excluded: frozenset[int]  # outputs that are caches
 
 
 def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Measured:
@@ -66,31 +66,56 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
     replay = replayer(graph.gm, graph.sites, values)
     with clock.stage("observe"):
         seen = observe(replay, parts.fit)
-        proposal = propose(graph.sites, target, names=binding.site_names, rules=config.formats,
-                           observed=frozenset(seen), calls=len(records))
+        proposal = propose(
+            graph.sites,
+            target,
+            names=binding.site_names,
+            rules=config.formats,
+            observed=frozenset(seen),
+            calls=len(records),
+        )
         replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
         references = tuple(replay.run(record, {}) for record in parts.choose)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     with clock.stage("error table"):
-        error = METRICS[config.sensitivity](replay, proposal.options, parts.choose,
-                                            excluded=graph.caches, deadline=clock.deadline(0.4))
+        error = METRICS[config.sensitivity](
+            replay,
+            proposal.options,
+            parts.choose,
+            excluded=graph.caches,
+            deadline=clock.deadline(0.4),
+        )
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
         ms = latency(sites, proposal.options, target, cache_dir=config.cache_dir)
     if error.provenance["records"] < len(parts.choose):
         clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
-    return Measured(target, sites, values, parts, replay, proposal, seen, references,
-                    tolerance_of(config, yardstick), yardstick, tables, ties(graph, proposal),
-                    graph.caches)
+    return Measured(
+        target,
+        sites,
+        values,
+        parts,
+        replay,
+        proposal,
+        seen,
+        references,
+        tolerance_of(config, yardstick),
+        yardstick,
+        tables,
+        ties(graph, proposal),
+        graph.caches,
+    )
 
 
 def split(records: Sequence[Record]) -> Parts:
     """Half of the calls to fit, a quarter each to choose and to report."""
     if not records:
-        raise CalibrationError("no usable calibration call was seen: all were empty, constant or "
-                               "not finite", fix="call the model on real inputs first")
+        raise CalibrationError(
+            "no usable calibration call was seen: all were empty, constant or not finite",
+            fix="call the model on real inputs first",
+        )
     quarter = max(1, len(records) // 4)
     fit = records[: max(1, len(records) - 2 * quarter)]
     choose, report = records[-2 * quarter : -quarter], records[-quarter:]
@@ -99,36 +124,46 @@ def split(records: Sequence[Record]) -> Parts:
 
 def complete(graph: Graph, record: Record, values: Mapping[str, Tensor]) -> Record:
     """A recorded call with the present parameters put back in their places."""
-    return tuple(values[graph.names[k]] if k in graph.parameters else x
-                 for k, x in enumerate(record))
+    return tuple(
+        values[graph.names[k]] if k in graph.parameters else x for k, x in enumerate(record)
+    )
 
 
 def check_finite(values: Mapping[str, Tensor], paths: Mapping[str, str]) -> None:
     for name, tensor in values.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise WeightError(f"the weight {paths.get(name, name)} holds NaN or inf",
-                              fix="load a checkpoint whose weights are finite")
+            raise WeightError(
+                f"the weight {paths.get(name, name)} holds NaN or inf",
+                fix="load a checkpoint whose weights are finite",
+            )
 
 
 def static_formats(proposal: Proposal) -> list[Any]:
-    names = {c.activation for kept in proposal.options.values() for c in kept
-             if c.scaling == "static"}
+    names = {
+        c.activation for kept in proposal.options.values() for c in kept if c.scaling == "static"
+    }
     return [format_named(name) for name in sorted(names)]
 
 
-def bfloat16_error(graph: Graph, values: Mapping[str, Tensor], records: Sequence[Record],
-                   references: Sequence[list[Any]]) -> float:
+def bfloat16_error(
+    graph: Graph,
+    values: Mapping[str, Tensor],
+    records: Sequence[Record],
+    references: Sequence[list[Any]],
+) -> float:
     """Error of the whole model in bfloat16; of a 16-bit model, its own error against float32."""
     raw = replayer(graph.raw, (), values)
     halves = {site.dtype for site in graph.sites} - {"float32", "float64"}
     dtype = torch.float32 if halves else torch.bfloat16
-    errors = [output_error(run_in(raw, record, dtype), reference, graph.caches)
-              for record, reference in zip(records, references, strict=True)]
+    errors = [
+        output_error(run_in(raw, record, dtype), reference, graph.caches)
+        for record, reference in zip(records, references, strict=True)
+    ]
     return max(errors)
 
 
 def tolerance_of(config: Config, yardstick: float) -> float | None:
-    return yardstick if config.tolerance == "bf16" else config.tolerance   # type: ignore[return-value]
+    return yardstick if config.tolerance == "bf16" else config.tolerance  # type: ignore[return-value]
 
 
 def ties(graph: Graph, proposal: Proposal) -> tuple[tuple[str, ...], ...]:
@@ -142,5 +177,7 @@ def ties(graph: Graph, proposal: Proposal) -> tuple[tuple[str, ...], ...]:
 
 def parse(proposal: Proposal, assignment: Mapping[str, str]) -> dict[str, Choice]:
     """{site: option name} -> {site: Choice}"""
-    return {site: next(c for c in proposal.options[site] if c.name == name)
-            for site, name in assignment.items()}
+    return {
+        site: next(c for c in proposal.options[site] if c.name == name)
+        for site, name in assignment.items()
+    }

@@ -21,6 +21,7 @@ from mpq_fx.facts import Choice, Plan
 
 VERSION = 1
 KEY = "mpq_fx_plan"
+ABSENT = "(absent)"
 LINE = 100  # a list or an object that fits on a line of this length is written on one
 
 
@@ -109,11 +110,10 @@ class Difference:
         if not self.choices and not self.numbers:
             return f"no difference: {self.units} sites, the same choices and measurements"
         width = max((len(unit) for unit, _, _ in self.choices), default=0)
-        old = max((len(a) for _, a, _ in self.choices), default=0)
+        old = max((len(a or ABSENT) for _, a, _ in self.choices), default=0)
         lines = [f"{len(self.choices)} of {self.units} sites differ"]
         lines += [
-            f"  {u:{width}}  {a or '(absent)':{old}} -> {b or '(absent)'}"
-            for u, a, b in self.choices
+            f"  {u:{width}}  {a or ABSENT:{old}} -> {b or ABSENT}" for u, a, b in self.choices
         ]
         lines += [f"  {name}: {_number(a)} -> {_number(b)}" for name, a, b in self.numbers]
         return "\n".join(lines)

@@ -13,8 +13,7 @@ from mpq_fx.errors import MpqError
 from mpq_fx.facts import Plan, Site
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 
-
-ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()      # models that a user handed over
+ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models that a user handed over
 
 
 def naming_root(binding: Binding, frame: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -32,22 +31,30 @@ def all_bindings() -> list[Binding]:
 
 def root_of(compiled: Any) -> torch.nn.Module:
     """The module behind what the user holds: a compiled wrapper, a module, or its bound forward."""
-    for candidate in (getattr(compiled, "_orig_mod", None), compiled,
-                      getattr(compiled, "__self__", None),
-                      getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)):
+    for candidate in (
+        getattr(compiled, "_orig_mod", None),
+        compiled,
+        getattr(compiled, "__self__", None),
+        getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None),
+    ):
         if isinstance(candidate, torch.nn.Module):
             return getattr(candidate, "_orig_mod", candidate)
-    raise MpqError(f"{type(compiled).__name__} is not a compiled module",
-                   fix='model = torch.compile(model, backend="mpq")')
+    raise MpqError(
+        f"{type(compiled).__name__} is not a compiled module",
+        fix='model = torch.compile(model, backend="mpq")',
+    )
 
 
 def bindings_of(compiled: Any) -> list[tuple[Lifecycle, Binding]]:
     """Every (graph, binding) whose parameters all belong to the model, in order of first call."""
     root = root_of(compiled)
     owned = {id(t) for t in (*root.parameters(), *root.buffers())}
-    found = [(lifecycle, binding) for lifecycle in LIFECYCLES
-             for binding in list(lifecycle.bindings.values())
-             if binding.parameters and all(id(ref()) in owned for ref in binding.parameters)]
+    found = [
+        (lifecycle, binding)
+        for lifecycle in LIFECYCLES
+        for binding in list(lifecycle.bindings.values())
+        if binding.parameters and all(id(ref()) in owned for ref in binding.parameters)
+    ]
     return sorted(found, key=lambda pair: pair[1].order)
 
 
@@ -82,11 +89,19 @@ def entries(compiled: Any) -> list[tuple[str, Plan | None, str]]:
 def totals(compiled: Any) -> dict[str, int]:
     """Parameters of the model, and how many of them some captured graph reads."""
     root = root_of(compiled)
-    captured = {id(ref()) for lifecycle, binding in bindings_of(compiled) if not lifecycle.reason
-                for ref in binding.parameters}
+    captured = {
+        id(ref())
+        for lifecycle, binding in bindings_of(compiled)
+        if not lifecycle.reason
+        for ref in binding.parameters
+    }
     parameters = list(root.parameters())
-    return {"parameters": sum(p.numel() for p in parameters),
-            "captured": sum(p.numel() for p in parameters if id(p) in captured)}
+    if not parameters:
+        return {"parameters": 0, "captured": 0}
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "captured": sum(p.numel() for p in parameters if id(p) in captured),
+    }
 
 
 def _numbered(name: str) -> Iterator[str]:

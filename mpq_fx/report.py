@@ -188,7 +188,7 @@ def steps(plan: Plan) -> tuple[Step, ...]:
     fixed = plan.baseline.get("latency", before) - before  # in "latency", but in no site
     now = plan.latency_ms.get(plan.winner) or sites + fixed
     found = []
-    for point in plan.frontier if sites > 0 else ():
+    for point in plan.points if sites > 0 else ():
         cost = point["latency"] - fixed
         # What is outside the sites stays; sites timed alone may add up to more than the whole.
         ms = now - sites + cost if sites < now else now * cost / sites

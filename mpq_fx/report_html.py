@@ -25,8 +25,8 @@ from mpq_fx.report import (
     steps,
     weight_bytes,
 )
-from mpq_fx.report_svg import Bar, Dot, columns, rows, scatter, stacked
-from mpq_fx.report_text import error, shape
+from mpq_fx.report_svg import Bar, Dot, agreement, columns, frontier, rows, stacked
+from mpq_fx.report_text import error, milliseconds, shape
 
 COLORS = 8  # of the style sheet: c0 … c7; floats are gray
 
@@ -46,7 +46,7 @@ def page(report: Report) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(error=error, shape=shape, bytes=megabytes)
+    environment.filters.update(error=error, shape=shape, bytes=megabytes, ms=milliseconds)
     kinds = kinds_of(report)
     shares = coverage(report)
     return environment.from_string(source).render(
@@ -59,7 +59,7 @@ def page(report: Report) -> str:
 
 
 def kinds_of(report: Report) -> dict[str, str]:
-    """choice -> class of the style sheet, in order of appearance; a site's own precision is gray."""
+    """choice -> class of the style sheet, by appearance; a site's own precision is gray."""
     kinds: dict[str, str] = {}
     for row in report.rows:
         fresh = "own" if row.choice == row.site.dtype else f"c{len(kinds) % COLORS}"
@@ -125,7 +125,7 @@ def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
 
 def _frontier(plan: Plan) -> Picture:
     found = steps(plan)
-    dots = [Dot(step.ms, step.error, "c0", step.line) for step in found]
+    dots = [Dot(step.ms, step.error, "point", step.line) for step in found]
     now = plan.latency_ms.get(plan.winner)
     if now is not None and plan.error is not None:
         dots.append(
@@ -137,12 +137,11 @@ def _frontier(plan: Plan) -> Picture:
                 large=True,
             )
         )
-    svg = scatter(
+    svg = frontier(
         "Predicted latency against predicted error",
-        sorted(dots, key=lambda d: -d.x),
+        sorted(dots, key=lambda dot: -dot.x),
         ("ms of one call", "error"),
-        joined=True,
-        line=plan.tolerance,
+        plan.tolerance,
     )
     return Picture(
         "What is possible",
@@ -222,13 +221,7 @@ def _agreement(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
         for row in ledger
         if row.predicted_error and row.measured_error
     ]
-    svg = scatter(
-        "Predicted against measured error per site",
-        dots,
-        ("predicted", "measured"),
-        log=True,
-        diagonal=True,
-    )
+    svg = agreement("Predicted against measured error per site", dots, ("predicted", "measured"))
     return Picture(
         "Predicted and measured error",
         "One dot per site; on the dashed line the prediction was right.",

@@ -58,7 +58,7 @@ class Axis:
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def columns(title: str, bars: Sequence[Bar], label: str, *, line: float | None = None) -> str:
+def columns(title: str, bars: Sequence[Bar], label: str) -> str:
     """One thin column per site, in the order of the graph."""
     top = max((max(bar.value, bar.before) for bar in bars), default=0.0) or 1.0
     y = Axis(0.0, top * 1.04, HEIGHT - BOTTOM, TOP)
@@ -75,8 +75,6 @@ def columns(title: str, bars: Sequence[Bar], label: str, *, line: float | None =
             if v > 0
         )
         parts.append(f"<g>{tip}{drawn}</g>")
-    if line is not None:
-        parts.append(_rule(LEFT, y(line), WIDTH - RIGHT, y(line)))
     parts.append(
         _text(
             LEFT + (WIDTH - LEFT - RIGHT) / 2,
@@ -89,7 +87,7 @@ def columns(title: str, bars: Sequence[Bar], label: str, *, line: float | None =
 
 
 def rows(title: str, bars: Sequence[Bar], unit: str) -> str:
-    """One thick row per variant or stage, with its label on the left and its number on the right."""
+    """One thick row per variant or stage: label, bar, number."""
     top = max((bar.value for bar in bars), default=0.0) or 1.0
     left, right, step = 150, 190, 30
     x = Axis(0.0, top, left, WIDTH - right)
@@ -109,9 +107,9 @@ def rows(title: str, bars: Sequence[Bar], unit: str) -> str:
 
 def stacked(title: str, bars: Sequence[Bar]) -> str:
     """One bar of shares that add up to 1."""
-    x, parts = 0.0, []
+    x, parts, whole = 0.0, [], 2 * WIDTH  # it spans both columns of the page
     for bar in bars:
-        width = bar.value * WIDTH
+        width = bar.value * whole
         parts.append(
             f'<g><title>{escape(bar.tip)}</title><rect class="{bar.kind}" x="{x:.1f}" '
             f'y="0" width="{max(width - 1.5, 0.0):.1f}" height="22" rx="2"/>'
@@ -123,47 +121,41 @@ def stacked(title: str, bars: Sequence[Bar]) -> str:
             )
         parts.append("</g>")
         x += width
-    return _svg(title, 22, parts)
+    return _svg(title, 22, parts, whole)
 
 
-def scatter(
-    title: str,
-    dots: Sequence[Dot],
-    labels: tuple[str, str],
-    *,
-    log: bool = False,
-    diagonal: bool = False,
-    joined: bool = False,
-    line: float | None = None,
-) -> str:
-    """Dots over two axes, with a diagonal (x = y), a line through them, or a horizontal rule."""
-    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
-    if diagonal:
-        xs = ys = xs + ys
-    x = _axis(xs, LEFT, WIDTH - RIGHT, log)
-    y = _axis(ys + ([line] if line is not None else []), HEIGHT - BOTTOM, TOP, log)
+def frontier(title: str, dots: Sequence[Dot], labels: tuple[str, str], line: float | None) -> str:
+    """Dots joined in their order, and a horizontal rule at `line`; both axes begin at zero."""
+    x = _linear([dot.x for dot in dots], LEFT, WIDTH - RIGHT)
+    y = _linear([dot.y for dot in dots] + ([] if line is None else [line]), HEIGHT - BOTTOM, TOP)
+    path = " ".join(f"{x(dot.x):.1f},{y(dot.y):.1f}" for dot in dots if not dot.large)
     parts = [*_grid_y(y, labels[1]), *_grid_x(x, labels[0])]
-    if diagonal:
-        parts.append(_rule(x(x.low), y(y.low), x(x.high), y(y.high)))
-    if line is not None:
-        parts.append(_rule(LEFT, y(line), WIDTH - RIGHT, y(line)))
-    if joined:
-        path = " ".join(f"{x(dot.x):.1f},{y(dot.y):.1f}" for dot in dots)
-        parts.append(f'<polyline class="path" points="{path}"/>')
+    parts += [] if line is None else [_rule((LEFT, y(line)), (WIDTH - RIGHT, y(line)))]
+    parts.append(f'<polyline class="path" points="{path}"/>')
+    return _svg(title, HEIGHT, [*parts, *_circles(dots, x, y)])
+
+
+def agreement(title: str, dots: Sequence[Dot], labels: tuple[str, str]) -> str:
+    """Positive x against positive y on equal logarithmic axes, with the diagonal x = y."""
+    values = [dot.x for dot in dots] + [dot.y for dot in dots]
+    low, high = min(values) / 1.25, max(values) * 1.25
+    x = Axis(low, high, LEFT, WIDTH - RIGHT, log=True)
+    y = Axis(low, high, HEIGHT - BOTTOM, TOP, log=True)
+    parts = [*_grid_y(y, labels[1]), *_grid_x(x, labels[0])]
+    parts.append(_rule((x(low), y(low)), (x(high), y(high))))
+    return _svg(title, HEIGHT, [*parts, *_circles(dots, x, y)])
+
+
+def _circles(dots: Sequence[Dot], x: Axis, y: Axis) -> Iterator[str]:
     for dot in sorted(dots, key=lambda dot: dot.large):
-        parts.append(
+        yield (
             f'<circle class="{dot.kind}" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" '
             f'r="{7 if dot.large else 4}"><title>{escape(dot.tip)}</title></circle>'
         )
-    return _svg(title, HEIGHT, parts)
 
 
-def _axis(values: Sequence[float], begin: float, end: float, log: bool) -> Axis:
-    if log:
-        positive = [v for v in values if v > 0] or [1.0]
-        return Axis(min(positive) / 1.25, max(positive) * 1.25, begin, end, log=True)
-    top = max(values, default=0.0)
-    return Axis(0.0, top * 1.06 or 1.0, begin, end)
+def _linear(values: Sequence[float], begin: float, end: float) -> Axis:
+    return Axis(0.0, max(values) * 1.06 or 1.0, begin, end)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -183,7 +175,8 @@ def _nice(step: float) -> float:
 
 def _grid_y(y: Axis, label: str) -> Iterator[str]:
     for tick in y.ticks:
-        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        at, ends = f"{y(tick):.1f}", f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
+        yield f'<line class="grid" {ends} y1="{at}" y2="{at}"/>'
         yield _text(LEFT - 6, y(tick) + 4, f"{tick:.4g}", "end")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield (
@@ -198,7 +191,8 @@ def _grid_x(x: Axis, label: str) -> Iterator[str]:
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, label, "middle")
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
+def _rule(start: tuple[float, float], end: tuple[float, float]) -> str:
+    (x1, y1), (x2, y2) = start, end
     return f'<line class="rule" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
@@ -206,8 +200,8 @@ def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
+def _svg(title: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
     return (
-        f'<svg role="img" viewBox="0 0 {WIDTH} {height}" aria-label="{escape(title)}">'
+        f'<svg role="img" viewBox="0 0 {width} {height}" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )

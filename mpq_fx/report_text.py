@@ -218,11 +218,11 @@ def _change(row: Row) -> str:
     if row.ms_before is None or row.ms_after is None:
         return "-"
     if row.ms_before == row.ms_after:
-        return _ms(row.ms_after)
-    return f"{_ms(row.ms_before)}>{_ms(row.ms_after)}"
+        return milliseconds(row.ms_after)
+    return f"{milliseconds(row.ms_before)}>{milliseconds(row.ms_after)}"
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     """Three digits, at most five characters below 1000: "0.004", "1.89", "18.9"."""
     return f"{value:.3f}" if value < 1 else f"{value:.3g}"
 

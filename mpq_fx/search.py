@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
@@ -13,6 +14,17 @@ from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.problem import numbers, problem
 from mpq_fx.verify import Candidate, bisect
+
+Runner = Callable[[Sequence[Any]], Any]  # arguments of a graph -> its outputs
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The user's own measure of a plan under test: how much worse it makes the model, and the limit."""
+
+    drop: Callable[[Runner], float]
+    limit: float
+
 
 SOLVER, SOLVE_SECONDS = "cp_sat", 5.0
 
@@ -26,7 +38,7 @@ class Found:
     baseline: Mapping[str, float]
 
 
-def search(measured: Measured, config: Config, clock: Clock) -> Found:
+def search(measured: Measured, config: Config, clock: Clock, judge: Judge | None = None) -> Found:
     """Solve and measure in turn until the joint error on the choose part meets the tolerance.
 
     Raises InfeasibleError when budgets cannot be met at an allowed error.
@@ -36,46 +48,85 @@ def search(measured: Measured, config: Config, clock: Clock) -> Found:
     if measured.tolerance is not None:
         budgets["tolerance"] = measured.tolerance
     with clock.stage("solve and verify"):
-        candidate = _search(measured, config, clock, budgets, baseline)
+        candidate = _search(measured, config, clock, budgets, baseline, judge)
     return Found(candidate, budgets, baseline)
 
 
 def joint_error(measured: Measured, assignment: Mapping[str, str]) -> float:
     """Error of a whole assignment, replayed on the choose part; the worst of its calls."""
     choices = parse(measured.proposal, assignment)
-    errors = [output_error(measured.replay.run(record, choices), reference, measured.excluded)
-              for record, reference in zip(measured.parts.choose, measured.references, strict=True)]
+    errors = [
+        output_error(measured.replay.run(record, choices), reference, measured.excluded)
+        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
+    ]
     return max(errors)
 
 
 def float_baseline(measured: Measured) -> dict[str, float]:
     """What the float model uses in all: the sum over sites and, of bytes, every other parameter."""
     first = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
-    sums = {name: sum(table.values[key] for key in first.items())
-            for name, table in measured.tables.items() if name != "error"}
+    sums = {
+        name: sum(table.values[key] for key in first.items())
+        for name, table in measured.tables.items()
+        if name != "error"
+    }
     weights = {site.weight for site in measured.sites}
-    others = sum(t.numel() * t.element_size() for name, t in measured.values.items()
-                 if name not in weights)
+    others = sum(
+        t.numel() * t.element_size() for name, t in measured.values.items() if name not in weights
+    )
     numel = sum(site.weight_numel for site in measured.sites)
     return {**sums, "size": sums["size"] + others, "weights": float(numel)}
 
 
-def _search(measured: Measured, config: Config, clock: Clock, budgets: Mapping[str, float],
-            baseline: Mapping[str, float]) -> Candidate:
-    def solution(error_budget: float | None) -> Solution:
-        tolerance = budgets.get("tolerance")
-        scale = 1.0 if error_budget is None or not tolerance else error_budget / tolerance**2
-        return SOLVERS[SOLVER](problem(measured.tables, objective=config.objective, budgets=budgets,
-                             baseline=baseline, ties=measured.ties, scale=scale),
-                     time_limit=SOLVE_SECONDS)
+def _search(
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    judge: Judge | None,
+) -> Candidate:
+    start = measured.tolerance if judge is None else measured.yardstick
 
-    if measured.tolerance is None or not measured.sites:
-        found = solution(None)
+    def solution(error_budget: float) -> Solution:
+        limits = budgets if start is None else {**budgets, "tolerance": start}
+        scale = 1.0 if not start else error_budget / start**2
+        return SOLVERS[SOLVER](
+            problem(
+                measured.tables,
+                objective=config.objective,
+                budgets=limits,
+                baseline=baseline,
+                ties=measured.ties,
+                scale=scale,
+            ),
+            time_limit=SOLVE_SECONDS,
+        )
+
+    def dropped(assignment: Mapping[str, str]) -> float:
+        assert judge is not None
+        choices = parse(measured.proposal, assignment)
+        return judge.drop(lambda args: measured.replay.run(args, choices))
+
+    if not start or not measured.sites:
+        found = solution(0.0)
         return Candidate(found, joint_error(measured, found.assignment), 1.0)
-    best = bisect(solution, lambda a: joint_error(measured, a), measured.tolerance,
-                  is_past=lambda: clock.is_past(0.7))
+    if judge is None:
+        best = bisect(
+            solution,
+            lambda a: joint_error(measured, a),
+            start,
+            start=start,
+            is_past=lambda: clock.is_past(0.7),
+        )
+    else:
+        best = bisect(solution, dropped, judge.limit, start=start, is_past=lambda: False)
     if best is None:
+        what = (
+            f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"
+        )
         raise InfeasibleError(
-            f"no plan that was tried has an error of at most {measured.tolerance:.3g} under the "
-            f"budgets {dict(budgets)}", fix='raise the tolerance, or a budget')
+            f"no plan that was tried has {what} under the budgets {dict(budgets)}",
+            fix="raise the tolerance (or max_drop), or a budget",
+        )
     return best

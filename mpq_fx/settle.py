@@ -28,7 +28,7 @@ from mpq_fx.verify import Timing, pick, race
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
-RETRIES = 3              # solves with a tighter tolerance when kernels round worse than the replay
+RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,20 @@ class Settled:
     """All variants that are allowed, their times, and the one to run."""
 
     variants: Mapping[str, Variant]
-    errors: Mapping[str, float]              # of refused ones too
+    errors: Mapping[str, float]  # of refused ones too
     timings: Mapping[str, Timing]
     winner: Variant
     found: Found
 
 
-def settle(graph: Graph, measured: Measured, found: Found, config: Config, clock: Clock,
-           run_float: Callable[..., Any]) -> Settled:
+def settle(
+    graph: Graph,
+    measured: Measured,
+    found: Found,
+    config: Config,
+    clock: Clock,
+    run_float: Callable[..., Any],
+) -> Settled:
     """Compile the plan and each uniform plan that is allowed, race them, keep the best."""
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
     floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
@@ -67,8 +73,9 @@ def settle(graph: Graph, measured: Measured, found: Found, config: Config, clock
         return Settled({"plan": plan}, errors, {}, plan, found)
     for name, assignment in contenders(measured).items():
         errors[name] = joint_error(measured, assignment)
-        if _is_repeated(assignment, variants) or not _is_allowed(measured, found, assignment,
-                                                                 errors[name]):
+        if _is_repeated(assignment, variants) or not _is_allowed(
+            measured, found, assignment, errors[name]
+        ):
             continue
         if clock.is_past():
             clock.cut(f"{name!r} was not compiled for comparison")
@@ -82,14 +89,19 @@ def settle(graph: Graph, measured: Measured, found: Found, config: Config, clock
         del variants["inductor float"]
     record = measured.parts.choose[0]
     with clock.stage("race"):
-        timings = race({name: caller(v.installed, record) if v.installed else
-                        lambda: run_float(*record) for name, v in variants.items()})
+        timings = race(
+            {
+                name: caller(v.installed, record) if v.installed else lambda: run_float(*record)
+                for name, v in variants.items()
+            }
+        )
     winner = _winner(config, found, variants, timings)
     return Settled(variants, errors, timings, variants[winner], found)
 
 
-def _meet_tolerance(graph: Graph, measured: Measured, found: Found, config: Config, clock: Clock
-                    ) -> tuple[Variant, Found]:
+def _meet_tolerance(
+    graph: Graph, measured: Measured, found: Found, config: Config, clock: Clock
+) -> tuple[Variant, Found]:
     """Build the plan; where kernels round worse than the replay, search again a little tighter."""
     for _ in range(RETRIES):
         with clock.stage("compile"):
@@ -97,34 +109,40 @@ def _meet_tolerance(graph: Graph, measured: Measured, found: Found, config: Conf
         if measured.tolerance is None or plan.error <= measured.tolerance:
             return plan, found
         tighter = measured.tolerance * min(0.98, 0.98 * found.candidate.error / plan.error)
-        found = replace(search(replace(measured, tolerance=tighter), config, clock),
-                        budgets=found.budgets)
+        found = replace(
+            search(replace(measured, tolerance=tighter), config, clock), budgets=found.budgets
+        )
     floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
     clock.cut(f"{RETRIES} plans missed the tolerance once lowered; float instead")
     return build(graph, measured, "plan", floats), found
 
 
-def _winner(config: Config, found: Found, variants: Mapping[str, Variant],
-            timings: Mapping[str, Timing]) -> str:
+def _winner(
+    config: Config, found: Found, variants: Mapping[str, Variant], timings: Mapping[str, Timing]
+) -> str:
     """The plan, unless the objective says that a simpler variant is better."""
     names = list(variants)
     if config.objective == "latency":
         return pick(timings, names)
     if config.objective == "error":
         return min(names, key=lambda name: variants[name].error)
-    return "plan"            # of least size by the exact table: nothing simpler is smaller
+    return "plan"  # of least size by the exact table: nothing simpler is smaller
 
 
 def contenders(measured: Measured) -> dict[str, dict[str, str]]:
     """Each uniform plan, float among them."""
-    return {name: {unit: _cheapest(measured, unit, wanted) for unit in measured.proposal.options}
-            for name, wanted in UNIFORM.items()}
+    return {
+        name: {unit: _cheapest(measured, unit, wanted) for unit in measured.proposal.options}
+        for name, wanted in UNIFORM.items()
+    }
 
 
 UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
     "all bfloat16": (lambda c: c.weight == "bfloat16",),
-    "all int8": (lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
-                 lambda c: c.weight == "bfloat16"),
+    "all int8": (
+        lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
+        lambda c: c.weight == "bfloat16",
+    ),
     "all float": (),
 }
 
@@ -140,14 +158,18 @@ def _cheapest(measured: Measured, unit: str, wanted: Sequence[Callable[[Choice],
     return kept[0].name
 
 
-def _is_allowed(measured: Measured, found: Found, assignment: Mapping[str, str], error: float) -> bool:
+def _is_allowed(
+    measured: Measured, found: Found, assignment: Mapping[str, str], error: float
+) -> bool:
     """Within the tolerance (by replay, with room for the kernels' own rounding) and the budgets?"""
     tolerance = measured.tolerance
     if tolerance is not None and error > tolerance:
         return False
     budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
-    return is_feasible(problem(measured.tables, objective="latency", budgets=budgets,
-                               baseline=found.baseline), assignment)
+    return is_feasible(
+        problem(measured.tables, objective="latency", budgets=budgets, baseline=found.baseline),
+        assignment,
+    )
 
 
 def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant]) -> bool:
@@ -157,15 +179,23 @@ def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant])
 def build(graph: Graph, measured: Measured, name: str, assignment: Mapping[str, str]) -> Variant:
     """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
     choices = parse(measured.proposal, assignment)
-    installed, kernels = lower(graph, measured.target, measured.values, choices,
-                               measured.replay.scales)
-    errors = [output_error(caller(installed, fresh(record))(), reference, measured.excluded)
-              for record, reference in zip(measured.parts.choose, measured.references, strict=True)]
+    installed, kernels = lower(
+        graph, measured.target, measured.values, choices, measured.replay.scales
+    )
+    errors = [
+        output_error(caller(installed, fresh(record))(), reference, measured.excluded)
+        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
+    ]
     return Variant(name, assignment, installed, kernels, max(errors))
 
 
-def lower(graph: Graph, target: Target, values: Mapping[str, torch.Tensor],
-          choices: Mapping[str, Choice], scales: Any) -> tuple[Installed, Kernels]:
+def lower(
+    graph: Graph,
+    target: Target,
+    values: Mapping[str, torch.Tensor],
+    choices: Mapping[str, Choice],
+    scales: Any,
+) -> tuple[Installed, Kernels]:
     """canonical graph + choices -> compiled callable over owned constants, and its callees."""
     gm, _ = clone(graph.gm)
     rewrite(gm, graph.sites, choices, scales)
@@ -187,5 +217,7 @@ def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
 
 def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
     """A record whose plain tensors are copies, for a run that may write to its inputs."""
-    return tuple(x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter)
-                 else x for x in record)
+    return tuple(
+        x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x
+        for x in record
+    )

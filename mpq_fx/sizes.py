@@ -46,7 +46,7 @@ def size_guard(gm: GraphModule) -> Iterator[SizeGuard]:
         yield guard
         return
     before, frozen = len(env.guards), env.frozen
-    env.frozen = False                  # else an assumption would be made without being recorded
+    env.frozen = False  # else an assumption would be made without being recorded
     try:
         yield guard
     finally:

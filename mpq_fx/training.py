@@ -24,9 +24,11 @@ def compile_training(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable
     root = frame_root()
     if root is not None and root not in _WARNED and is_eval(root):
         _WARNED.add(root)
-        log.warning("%s is in eval mode but gradients are on, so it runs in float; "
-                    "to quantize it, call it under `with torch.inference_mode():`",
-                    type(root).__name__)
+        log.warning(
+            "%s is in eval mode but gradients are on, so it runs in float; "
+            "to quantize it, call it under `with torch.inference_mode():`",
+            type(root).__name__,
+        )
     return compile_fx(gm, list(example_inputs))
 
 

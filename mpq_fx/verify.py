@@ -10,8 +10,8 @@ from typing import Any
 
 from mpq_fx.passes.allocate import Solution
 
-ROUNDS = 10              # solve-and-measure rounds of a bisection
-MARGIN = 0.02            # a simpler plan has to be faster by this share to win
+ROUNDS = 10  # solve-and-measure rounds of a bisection
+MARGIN = 0.02  # a simpler plan has to be faster by this share to win
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,20 @@ class Candidate:
 
     solution: Solution
     error: float
-    scale: float                    # of the error budget that the solver was given
+    scale: float  # of the error budget that the solver was given
 
 
-def bisect(solve: Callable[[float], Solution], measure: Callable[[Mapping[str, str]], float],
-           tolerance: float, *, is_past: Callable[[], bool] = lambda: False) -> Candidate | None:
+def bisect(
+    solve: Callable[[float], Solution],
+    measure: Callable[[Mapping[str, str]], float],
+    tolerance: float,
+    *,
+    start: float,
+    is_past: Callable[[], bool] = lambda: False,
+) -> Candidate | None:
     """argmin objective s.t. *measured* error ≤ tolerance: rescale the predicted budget until it fits.
 
-    The predicted error is tolerance² · scale.  Starts at scale 1, widens while the measured error
+    The predicted noise power may be start² · scale.  Starts at scale 1, widens while the measured error
     allows, then halves the bracket geometrically.  None if no plan that was tried meets the
     tolerance; the caller then keeps float.
     """
@@ -35,7 +41,7 @@ def bisect(solve: Callable[[float], Solution], measure: Callable[[Mapping[str, s
     good, bad, scale = 0.0, float("inf"), 1.0
     measured: dict[tuple[tuple[str, str], ...], float] = {}
     for _ in range(ROUNDS):
-        solution = solve(tolerance**2 * scale)
+        solution = solve(start**2 * scale)
         key = tuple(sorted(solution.assignment.items()))
         if key not in measured:
             measured[key] = measure(solution.assignment)
@@ -48,7 +54,18 @@ def bisect(solve: Callable[[float], Solution], measure: Callable[[Mapping[str, s
         scale = _next_scale(good, bad, error, tolerance)
         if scale is None or is_past():
             break
-    return best
+    return best or _exact(solve, measure, tolerance)
+
+
+def _exact(
+    solve: Callable[[float], Solution],
+    measure: Callable[[Mapping[str, str]], float],
+    tolerance: float,
+) -> Candidate | None:
+    """The last resort: a plan without any predicted error, which is float unless budgets forbid it."""
+    solution = solve(0.0)
+    error = measure(solution.assignment)
+    return Candidate(solution, error, 0.0) if error <= tolerance else None
 
 
 def _next_scale(good: float, bad: float, error: float, tolerance: float) -> Any:
@@ -76,8 +93,9 @@ class Timing:
     high: float
 
 
-def race(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds: float = 6.0
-         ) -> dict[str, Timing]:
+def race(
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds: float = 6.0
+) -> dict[str, Timing]:
     """Time variants in turn, so that drift of the machine hits all alike; medians are compared."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -88,7 +106,7 @@ def race(variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds
         if done >= 3 and time.monotonic() > end:
             break
         for name, call in variants.items():
-            call()                                # caches of the other variants are cold again
+            call()  # caches of the other variants are cold again
             begin = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - begin) * 1e3)
@@ -105,5 +123,6 @@ def pick(timings: Mapping[str, Timing], order: Sequence[str]) -> str:
 
 
 def _timing(ordered: Sequence[float]) -> Timing:
-    return Timing(statistics.median(ordered), ordered[len(ordered) // 10],
-                  ordered[-1 - len(ordered) // 10])
+    return Timing(
+        statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    )

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CALLS = 32                  # calls after which every tensor was looked at once
-BLOCK = 1024                # neighboring elements summed at each look
+CALLS = 32  # calls after which every tensor was looked at once
+BLOCK = 1024  # neighboring elements summed at each look
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,8 +43,7 @@ class Watch:
 
     def edited(self, tensors: Sequence[Tensor]) -> list[int]:
         """Positions of tensors whose contents differ, looking at every element."""
-        return [k for k, t in enumerate(tensors)
-                if not torch.equal(block_sums(t), self._sums[k])]
+        return [k for k, t in enumerate(tensors) if not torch.equal(block_sums(t), self._sums[k])]
 
     def _stamp(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         if len(self._counted) == len(tensors):
@@ -57,7 +56,8 @@ class Watch:
         versions, pointers = self._stamps
         counted = self._counted.index(k) if k in self._counted else None
         return tensors[k].data_ptr() != pointers[k] or (
-            counted is not None and tensors[k]._version != versions[counted])
+            counted is not None and tensors[k]._version != versions[counted]
+        )
 
     def _look(self, tensors: Sequence[Tensor]) -> list[int]:
         """The rotating part: one block of `_per_call` tensors."""
@@ -90,4 +90,6 @@ def _bits(t: Tensor) -> Tensor:
         flat = t.as_strided((t.numel(),), (1,), t.storage_offset())
     else:
         flat = t.reshape(-1)
-    return flat if flat.dtype in (torch.bool, *_BITS.values()) else flat.view(_BITS[t.element_size()])
+    return (
+        flat if flat.dtype in (torch.bool, *_BITS.values()) else flat.view(_BITS[t.element_size()])
+    )

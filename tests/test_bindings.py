@@ -118,7 +118,9 @@ def test_module_compile_works_in_place(isolated):
     assert 0 < error(model, plain) < 0.1
 
 
-@pytest.mark.parametrize("edit", ["in place", "optimizer", "load", "assign", "data", "new parameter"])
+@pytest.mark.parametrize(
+    "edit", ["in place", "optimizer", "load", "assign", "data", "new parameter"]
+)
 def test_an_edited_weight_is_seen_on_the_next_call(isolated, edit):
     model = Block().eval()
     compiled = quantized(model)
@@ -167,8 +169,13 @@ def test_only_touched_constants_are_recomputed_and_nothing_recompiles(isolated, 
     ((_, binding),) = bindings_of(compiled)
     before, touched = binding.installed, []
     plain = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda gm, recipes, values: touched.extend(
-        r.parameters for r in recipes) or plain(gm, recipes, values))
+    monkeypatch.setattr(
+        module,
+        "evaluate",
+        lambda gm, recipes, values: (
+            touched.extend(r.parameters for r in recipes) or plain(gm, recipes, values)
+        ),
+    )
     with torch.no_grad():
         model.up.weight.add_(1.0)
     assert error(compiled, model) < 0.1

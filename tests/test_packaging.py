@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import mpq_fx
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,8 +98,15 @@ def test_no_plug_in_is_declared_by_the_project_itself():
     assert not [name for name in groups if name.startswith("mpq_fx.")]
 
 
-def test_the_installed_version_is_the_projects():
-    assert importlib.metadata.version("mpq-fx") == PROJECT["project"]["version"]
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["project"]["version"]
+    assert importlib.metadata.version("mpq-fx") == version == mpq_fx.__version__
+
+
+def test_importing_the_package_does_not_import_torch():
+    """Dynamo's entry point and `mpq --help` must not pay for it."""
+    code = "import sys, mpq_fx; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("extra", [None, "report", "test"])

@@ -22,8 +22,13 @@ from mpq_fx.passes.lower.target import Target
 Options = Mapping[str, tuple[Choice, ...]]
 
 
-def latency(sites: tuple[Site, ...], options: Options, target: Target, *,
-            cache_dir: str | Path | None = None) -> Table:
+def latency(
+    sites: tuple[Site, ...],
+    options: Options,
+    target: Target,
+    *,
+    cache_dir: str | Path | None = None,
+) -> Table:
     """Milliseconds of each (unit, choice): the kernel and the conversion of its input."""
     begin, path = time.monotonic(), cache_path(target, cache_dir)
     known = read(path)
@@ -37,9 +42,17 @@ def latency(sites: tuple[Site, ...], options: Options, target: Target, *,
             values[site.name, choice.name] = known[key]
     if measured:
         write(path, known)
-    return Table("microbenchmark", "ms", values, provenance={
-        "measured": measured, "cached": len(values) - measured, "threads": torch.get_num_threads(),
-        "seconds": round(time.monotonic() - begin, 3)})
+    return Table(
+        "microbenchmark",
+        "ms",
+        values,
+        provenance={
+            "measured": measured,
+            "cached": len(values) - measured,
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.monotonic() - begin, 3),
+        },
+    )
 
 
 def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
@@ -51,8 +64,11 @@ def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
             bits[key] = float(stored_bits(site, choice))
             size[key] = bits[key] / 8
             bops[key] = float(site.macs * width(choice.weight) * width(choice.activation))
-    return {"size": Table("exact", "bytes", size), "bits": Table("exact", "bits", bits),
-            "bops": Table("exact", "MAC·bits²", bops)}
+    return {
+        "size": Table("exact", "bytes", size),
+        "bits": Table("exact", "bits", bits),
+        "bops": Table("exact", "MAC·bits²", bops),
+    }
 
 
 def stored_bits(site: Site, choice: Choice) -> int:
@@ -87,7 +103,9 @@ def read(path: Path) -> dict[str, float]:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}
+    return (
+        {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}
+    )
 
 
 def write(path: Path, known: Mapping[str, float]) -> None:
@@ -97,5 +115,5 @@ def write(path: Path, known: Mapping[str, float]) -> None:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(dict(known), file, indent=1, sort_keys=True)
         os.replace(file.name, path)
-    except OSError:          # a read-only home: measuring again next time is all that is lost
+    except OSError:  # a read-only home: measuring again next time is all that is lost
         return

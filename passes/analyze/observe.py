@@ -20,7 +20,7 @@ from mpq_fx.formats import Format
 from mpq_fx.numerics import fake_quantize, scale_and_zero
 from mpq_fx.passes.analyze.replay import OPERANDS, Replayer
 
-SAMPLE = 1 << 18            # values per call kept for the choice of a static range
+SAMPLE = 1 << 18  # values per call kept for the choice of a static range
 PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -33,9 +33,9 @@ class Observed:
     maximum: float
     mean: float
     variance: float
-    channel_absmax: Tensor          # [K] (or [C] of a convolution), float32
-    token_absmax: Tensor            # absmax of each token: what a per-token scale would see
-    sample: Tensor                  # up to SAMPLE values per call, extremes included, float32
+    channel_absmax: Tensor  # [K] (or [C] of a convolution), float32
+    token_absmax: Tensor  # absmax of each token: what a per-token scale would see
+    sample: Tensor  # up to SAMPLE values per call, extremes included, float32
     calls: int
 
     @property
@@ -87,17 +87,27 @@ def concrete(replay: Replayer, sites: Sequence[Site], record: Sequence[Any]) -> 
 def statistics(x: Tensor, site: Site) -> Observed:
     """Statistics of one activation: [..., K] of a linear, [B, C, ...] of a convolution."""
     if not torch.isfinite(x).all():
-        raise CalibrationError(f"the input of {site.name} holds NaN or inf in a calibration call",
-                               at=site.source, fix="calibrate with finite inputs, or check the weights")
+        raise CalibrationError(
+            f"the input of {site.name} holds NaN or inf in a calibration call",
+            at=site.source,
+            fix="calibrate with finite inputs, or check the weights",
+        )
     x = x.float()
     rows = x.movedim(1, -1) if site.op == "conv" else x
     rows = rows.reshape(-1, rows.shape[-1])
     flat = x.reshape(-1)
     step = max(1, flat.numel() // SAMPLE)
     low, high = torch.aminmax(flat)
-    return Observed(low.item(), high.item(), flat.mean().item(), flat.var(correction=0).item(),
-                    rows.abs().amax(0), rows.abs().amax(1),
-                    torch.cat([flat[::step], low[None], high[None]]), 1)
+    return Observed(
+        low.item(),
+        high.item(),
+        flat.mean().item(),
+        flat.var(correction=0).item(),
+        rows.abs().amax(0),
+        rows.abs().amax(1),
+        torch.cat([flat[::step], low[None], high[None]]),
+        1,
+    )
 
 
 def merge(parts: Sequence[Observed]) -> Observed:
@@ -106,11 +116,16 @@ def merge(parts: Sequence[Observed]) -> Observed:
     weight = n / n.sum()
     means, variances = (torch.tensor([getattr(p, k) for p in parts]) for k in ("mean", "variance"))
     mean = (weight * means).sum()
-    return Observed(min(p.minimum for p in parts), max(p.maximum for p in parts), mean.item(),
-                    (weight * (variances + (means - mean) ** 2)).sum().item(),
-                    torch.stack([p.channel_absmax for p in parts]).amax(0),
-                    torch.cat([p.token_absmax for p in parts]),
-                    torch.cat([p.sample for p in parts]), len(parts))
+    return Observed(
+        min(p.minimum for p in parts),
+        max(p.maximum for p in parts),
+        mean.item(),
+        (weight * (variances + (means - mean) ** 2)).sum().item(),
+        torch.stack([p.channel_absmax for p in parts]).amax(0),
+        torch.cat([p.token_absmax for p in parts]),
+        torch.cat([p.sample for p in parts]),
+        len(parts),
+    )
 
 
 def minmax(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -139,18 +154,24 @@ def least_noise(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor, str]:
     return best[1:]
 
 
-def static_scales(observed: Mapping[str, Observed], formats: Iterable[Format]
-                  ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+def static_scales(
+    observed: Mapping[str, Observed], formats: Iterable[Format]
+) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     """{(site, format): (scale, zero)} for every static activation format in use."""
     formats = tuple(formats)
-    return {(site, fmt.name): least_noise(seen, fmt)[:2]
-            for site, seen in observed.items() for fmt in formats}
+    return {
+        (site, fmt.name): least_noise(seen, fmt)[:2]
+        for site, seen in observed.items()
+        for fmt in formats
+    }
 
 
 def _ranges(seen: Observed, fmt: Format) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
     for shrink in SHRINKS:
         low, high = seen.minimum * shrink, seen.maximum * shrink
-        yield ("minmax" if shrink == 1.0 else f"minmax × {shrink}",
-               scale_and_zero(torch.tensor([low, high]), fmt))
+        yield (
+            "minmax" if shrink == 1.0 else f"minmax × {shrink}",
+            scale_and_zero(torch.tensor([low, high]), fmt),
+        )
     for percent in PERCENTILES:
         yield f"percentile {percent}", percentile(seen, fmt, percent)

@@ -11,7 +11,7 @@ from mpq_fx.errors import ConfigError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.passes.lower.target import Target, allowed
 
-MIN_STATIC_CALLS = 3        # distinct calls that a static range needs
+MIN_STATIC_CALLS = 3  # distinct calls that a static range needs
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,15 @@ class Proposal:
     refusals: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
-def propose(sites: Sequence[Site], target: Target, *, names: Mapping[str, str],
-            rules: Mapping[str, tuple[str, ...]] | None, observed: frozenset[str],
-            calls: int) -> Proposal:
+def propose(
+    sites: Sequence[Site],
+    target: Target,
+    *,
+    names: Mapping[str, str],
+    rules: Mapping[str, tuple[str, ...]] | None,
+    observed: frozenset[str],
+    calls: int,
+) -> Proposal:
     """Choices of each site under the target's capabilities, the user's rules and the calibration.
 
     `rules` maps globs of site names to allowed formats or choices, the last match wins; a glob that
@@ -54,8 +60,10 @@ def permitted(rules: Mapping[str, tuple[str, ...]] | None, name: str) -> tuple[s
 def check_globs(rules: Mapping[str, tuple[str, ...]] | None, names: Sequence[str]) -> None:
     for glob in rules or {}:
         if names and not any(fnmatch.fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"formats: {glob!r} matches none of {len(names)} sites",
-                              fix=nearest(glob, list(names)[:40]))
+            raise ConfigError(
+                f"formats: {glob!r} matches none of {len(names)} sites",
+                fix=nearest(glob, list(names)[:40]),
+            )
 
 
 def _not_calibrated(site: Site, choice: Choice, observed: frozenset[str], calls: int) -> str:

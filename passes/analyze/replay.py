@@ -20,13 +20,27 @@ from mpq_fx.graph import placeholders
 from mpq_fx.numerics import fake_quantize, relative_rms
 
 Env = dict[Node, Any]
-Scales = Mapping[tuple[str, str], tuple[Tensor, Tensor]]   # (site, activation format) -> scale, zero
+Scales = Mapping[tuple[str, str], tuple[Tensor, Tensor]]  # (site, activation format) -> scale, zero
 
 # Positions of (activation, weight) among the arguments of a site's op.
 OPERANDS = {"linear": (0, 1), "conv": (0, 1), "embedding": (1, 0)}
 # Ops that refuse operands of two float types; glue ops promote by themselves.
-_CASTING = ("linear", "conv", "matmul", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention",
-            "mm", "layer_norm", "batch_norm", "group_norm", "rms_norm", "lstm", "grouped_mm")
+_CASTING = (
+    "linear",
+    "conv",
+    "matmul",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "scaled_dot_product_attention",
+    "mm",
+    "layer_norm",
+    "batch_norm",
+    "group_norm",
+    "rms_norm",
+    "lstm",
+    "grouped_mm",
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,11 @@ class Replayer:
     """A canonical graph with its sites, the parameters' values and what depends on them alone."""
 
     gm: GraphModule
-    sites: Mapping[str, Site]                      # by node name
-    constants: Env                                 # parameters and what is computed from them only
+    sites: Mapping[str, Site]  # by node name
+    constants: Env  # parameters and what is computed from them only
     last_use: Mapping[Node, tuple[Node, ...]]
     scales: Scales = field(default_factory=dict)
-    weights: dict[tuple[str, str], Tensor] = field(default_factory=dict)   # fake-quantized, cached
+    weights: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # fake-quantized, cached
 
     def run(self, inputs: Sequence[Any], choices: Mapping[str, Choice]) -> list[Any]:
         """Outputs with `choices[site name]` applied; float where a site has none."""
@@ -67,17 +81,20 @@ class Replayer:
             site = self.sites.get(node.name)
             choice = choices.get(site.name) if site else None
             args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-            if site and choice:
+            if site and choice is not None:
                 env[node] = self.compute(site, choice, node, args, kwargs)
             else:
                 env[node] = call(node, args, kwargs)
         for dead in self.last_use.get(node, ()):
             env.pop(dead, None)
 
-    def compute(self, site: Site, choice: Choice, node: Node, args: Sequence[Any],
-                kwargs: Mapping[str, Any]) -> Any:
+    def compute(
+        self, site: Site, choice: Choice, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         """One site in the numerics of its choice; the result has the user's dtype again."""
         dtype = node.meta["val"].dtype
+        if choice.weight == choice.activation == site.dtype:
+            return call(node, args, kwargs)
         if format_named(choice.weight).is_float:
             args = cast(args, getattr(torch, choice.weight))
             return _in(dtype, call(node, args, cast(kwargs, getattr(torch, choice.weight))))
@@ -104,8 +121,12 @@ class Replayer:
         return fake_quantize(x.float(), fmt)
 
 
-def replayer(gm: GraphModule, sites: Sequence[Site], parameters: Mapping[str, Tensor],
-             scales: Scales | None = None) -> Replayer:
+def replayer(
+    gm: GraphModule,
+    sites: Sequence[Site],
+    parameters: Mapping[str, Tensor],
+    scales: Scales | None = None,
+) -> Replayer:
     """Prepare a graph for replays with the current `parameters` (placeholder name -> tensor)."""
     by_node = {site.node: site for site in sites}
     env: Env = {n: parameters[n.name] for n in placeholders(gm) if n.name in parameters}
@@ -128,7 +149,7 @@ def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one node; a write to an input of the graph yields the new value and leaves it alone."""
     if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
         return args[1]
-    target: Callable[..., Any] = node.target        # type: ignore[assignment]
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
     return target(*args, **kwargs)
 
 
@@ -148,8 +169,11 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
 
     Explicit casts of the user's code stay; ops that refuse mixed operands get theirs cast.
     """
-    env = {node: cast(given, dtype) for node, given in replay.start(inputs).items()
-           if node.op in ("placeholder", "get_attr")}
+    env = {
+        node: cast(given, dtype)
+        for node, given in replay.start(inputs).items()
+        if node.op in ("placeholder", "get_attr")
+    }
     for node in replay.gm.graph.nodes:
         if node.op == "output":
             return list(map_arg(node.args[0], env.__getitem__))
@@ -163,12 +187,15 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
     raise AssertionError("a graph without an output node")
 
 
-def output_error(outputs: Sequence[Any], reference: Sequence[Any],
-                 excluded: frozenset[int] = frozenset()) -> float:
+def output_error(
+    outputs: Sequence[Any], reference: Sequence[Any], excluded: frozenset[int] = frozenset()
+) -> float:
     """max over floating outputs of ‖y − y_ref‖ / ‖y_ref‖; `excluded` are positions of cache outputs."""
-    errors = [relative_rms(y, ref) for k, (y, ref) in enumerate(zip(outputs, reference, strict=True))
-              if k not in excluded and isinstance(ref, Tensor) and ref.is_floating_point()
-              and ref.numel()]
+    errors = [
+        relative_rms(y, ref)
+        for k, (y, ref) in enumerate(zip(outputs, reference, strict=True))
+        if k not in excluded and isinstance(ref, Tensor) and ref.is_floating_point() and ref.numel()
+    ]
     return max(errors, default=0.0)
 
 

@@ -18,8 +18,14 @@ from mpq_fx.passes.analyze.replay import Replayer, output_error
 Options = Mapping[str, tuple[Choice, ...]]
 
 
-def measured_singles(replay: Replayer, options: Options, records: Sequence[Sequence[Any]], *,
-                     excluded: frozenset[int] = frozenset(), deadline: float = float("inf")) -> Table:
+def measured_singles(
+    replay: Replayer,
+    options: Options,
+    records: Sequence[Sequence[Any]],
+    *,
+    excluded: frozenset[int] = frozenset(),
+    deadline: float = float("inf"),
+) -> Table:
     """Error of each (unit, choice) alone, all else float, squared and averaged over `records`.
 
     The unchanged prefix is computed once per record; a pair costs only the suffix.  Past `deadline`
@@ -35,13 +41,23 @@ def measured_singles(replay: Replayer, options: Options, records: Sequence[Seque
         used += 1
     values = {key: sum(seen) / len(seen) for key, seen in sums.items()}
     spread = {key: max(seen) - min(seen) for key, seen in sums.items()}
-    return Table("measured_singles", "noise_power", values, spread=spread, provenance={
-        "records": used, "of": len(records), "seconds": round(time.monotonic() - begin, 3),
-        "forward_passes": used * (1 + sum(map(len, options.values())) / 2)})
+    return Table(
+        "measured_singles",
+        "noise_power",
+        values,
+        spread=spread,
+        provenance={
+            "records": used,
+            "of": len(records),
+            "seconds": round(time.monotonic() - begin, 3),
+            "forward_passes": used * (1 + sum(map(len, options.values())) / 2),
+        },
+    )
 
 
-def _one_record(replay: Replayer, options: Options, inputs: Sequence[Any],
-                excluded: frozenset[int]) -> list[tuple[tuple[str, str], float]]:
+def _one_record(
+    replay: Replayer, options: Options, inputs: Sequence[Any], excluded: frozenset[int]
+) -> list[tuple[tuple[str, str], float]]:
     nodes = list(replay.gm.graph.nodes)
     reference = replay.run(inputs, {})
     env = replay.start(inputs)
@@ -57,9 +73,10 @@ def _one_record(replay: Replayer, options: Options, inputs: Sequence[Any],
     raise AssertionError("a graph without an output node")
 
 
-def _suffix(replay: Replayer, env: dict[Node, Any], nodes: Sequence[Node], site: Site | None,
-            choice: Choice) -> list[Any]:
+def _suffix(
+    replay: Replayer, env: dict[Node, Any], nodes: Sequence[Node], site: Site | None, choice: Choice
+) -> list[Any]:
     assert site is not None
     outputs = replay.finish(env, nodes, {site.name: choice})
-    replay.weights.pop((site.name, choice.weight), None)     # one fake-quantized weight at a time
+    replay.weights.pop((site.name, choice.weight), None)  # one fake-quantized weight at a time
     return outputs

@@ -18,30 +18,44 @@ from mpq_fx.graph import clone, placeholders
 
 aten = torch.ops.aten
 # A chain of nothing but these is a view of the live weight: free, and never stale.
-VIEWS = frozenset({
-    aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default,
-    aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.detach.default,
-    aten.alias.default, aten.unflatten.int, aten.flatten.using_ints, aten.numpy_T.default,
-})
+VIEWS = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.detach.default,
+        aten.alias.default,
+        aten.unflatten.int,
+        aten.flatten.using_ints,
+        aten.numpy_T.default,
+    }
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """constant = node(parameters): the calls, in order, that compute one owned constant."""
 
-    name: str                            # buffer of the lowered graph
-    nodes: tuple[Node, ...]              # ancestors in order, the last one is the value
-    parameters: tuple[str, ...]          # placeholders it depends on
+    name: str  # buffer of the lowered graph
+    nodes: tuple[Node, ...]  # ancestors in order, the last one is the value
+    parameters: tuple[str, ...]  # placeholders it depends on
 
 
 @dataclass(frozen=True)
 class Folded:
     """A lowered graph with its constants taken out."""
 
-    gm: GraphModule                      # buffers named by the recipes; placeholders: `live` only
+    gm: GraphModule  # buffers named by the recipes; placeholders: `live` only
     recipes: tuple[Recipe, ...]
-    live: tuple[int, ...]                # positions, among the original placeholders, still read
+    live: tuple[int, ...]  # positions, among the original placeholders, still read
 
 
 def fold_constants(gm: GraphModule, parameters: Mapping[str, Tensor]) -> Folded:
@@ -63,11 +77,12 @@ def fold_constants(gm: GraphModule, parameters: Mapping[str, Tensor]) -> Folded:
     return Folded(folded, recipes, _drop_unused_inputs(folded))
 
 
-def evaluate(gm: GraphModule, recipes: Sequence[Recipe], parameters: Mapping[str, Tensor]
-             ) -> dict[str, Tensor]:
+def evaluate(
+    gm: GraphModule, recipes: Sequence[Recipe], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """{constant: value} from the present parameters; calls shared by recipes run once."""
     env: dict[Node, Any] = {}
-    with torch.inference_mode(False), torch.no_grad():   # an inference tensor could not be refreshed
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be refreshed
         for recipe in recipes:
             for node in recipe.nodes:
                 if node not in env:
@@ -80,8 +95,11 @@ def constant_nodes(gm: GraphModule, parameters: Mapping[str, Tensor]) -> set[Nod
     found: set[Node] = set()
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
-        if (node.op == "placeholder" and node.name in parameters) or node.op == "get_attr" or (
-                node.op == "call_function" and inputs and all(n in found for n in inputs)):
+        if (
+            (node.op == "placeholder" and node.name in parameters)
+            or node.op == "get_attr"
+            or (node.op == "call_function" and inputs and all(n in found for n in inputs))
+        ):
             found.add(node)
     return found
 
@@ -121,14 +139,15 @@ def _ancestors(root: Node) -> tuple[Node, ...]:
     return tuple(sorted(found))
 
 
-def _value(gm: GraphModule, node: Node, env: Mapping[Node, Any],
-           parameters: Mapping[str, Tensor]) -> Any:
+def _value(
+    gm: GraphModule, node: Node, env: Mapping[Node, Any], parameters: Mapping[str, Tensor]
+) -> Any:
     if node.op == "placeholder":
         return parameters[node.name].detach()
     if node.op == "get_attr":
         return getattr(gm, str(node.target))
     args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-    return node.target(*args, **kwargs)        # type: ignore[operator]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _owned(tensor: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

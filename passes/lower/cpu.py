@@ -8,25 +8,45 @@ from typing import Any
 
 import torch
 
-LEVELS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI",
-          "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX",
-          "AVX512_CORE_AMX_FP16")
+LEVELS = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX10_1_512",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+)
 
 
 @cache
 def flags() -> frozenset[str]:
     """Instruction sets of the machine, in the spelling of torch.cpu."""
-    probes = {"avx512": "_is_avx512_supported", "vnni": "_is_vnni_supported",
-              "amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported",
-              "avx2": "_is_avx2_supported"}
-    return frozenset(name for name, probe in probes.items()
-                     if getattr(torch.cpu, probe, lambda: False)())
+    probes = {
+        "avx512": "_is_avx512_supported",
+        "vnni": "_is_vnni_supported",
+        "amx": "_is_amx_tile_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "avx2": "_is_avx2_supported",
+    }
+    return frozenset(
+        name for name, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)()
+    )
 
 
 def has(name: str) -> bool:
     """Is an instruction set there, and not forbidden to oneDNN by ONEDNN_MAX_CPU_ISA?"""
-    least = {"vnni": "AVX512_CORE_VNNI", "amx": "AVX512_CORE_AMX", "avx512": "AVX512_CORE",
-             "avx512_bf16": "AVX512_CORE_BF16", "avx2": "AVX2"}[name]
+    least = {
+        "vnni": "AVX512_CORE_VNNI",
+        "amx": "AVX512_CORE_AMX",
+        "avx512": "AVX512_CORE",
+        "avx512_bf16": "AVX512_CORE_BF16",
+        "avx2": "AVX2",
+    }[name]
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     allowed = limit not in LEVELS or LEVELS.index(limit) >= LEVELS.index(least)
     return name in flags() and allowed
@@ -34,6 +54,10 @@ def has(name: str) -> bool:
 
 def facts() -> dict[str, Any]:
     """For a plan's provenance and for `mpq doctor`."""
-    return {"isa": "+".join(name for name in ("avx2", "avx512", "avx512_bf16", "vnni", "amx")
-                            if has(name)) or "baseline",
-            "mkldnn": torch.backends.mkldnn.is_available()}
+    return {
+        "isa": "+".join(
+            name for name in ("avx2", "avx512", "avx512_bf16", "vnni", "amx") if has(name)
+        )
+        or "baseline",
+        "mkldnn": torch.backends.mkldnn.is_available(),
+    }

@@ -22,10 +22,10 @@ aten, mpq = torch.ops.aten, torch.ops.mpq
 class Tail:
     """The nodes that a kernel takes over, last one first to be replaced."""
 
-    post: str = "none"                       # oneDNN's name of the activation
+    post: str = "none"  # oneDNN's name of the activation
     scalars: tuple[float, ...] = ()
-    quantize: Node | None = None             # mpq.quantize of the next site
-    last: Node | None = None                 # the node whose users read the kernel's result
+    quantize: Node | None = None  # mpq.quantize of the next site
+    last: Node | None = None  # the node whose users read the kernel's result
 
 
 def relu(node: Node) -> tuple[str, tuple[float, ...]]:
@@ -33,8 +33,8 @@ def relu(node: Node) -> tuple[str, tuple[float, ...]]:
 
 
 def clamp(node: Node) -> tuple[str, tuple[float, ...]]:
-    low, high = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1:])[:2]
-    return "hardtanh", (float(low), float(high))     # type: ignore[arg-type]
+    low, high = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])[:2]
+    return "hardtanh", (float(low), float(high))  # type: ignore[arg-type]
 
 
 POSTS: Mapping[Any, Any] = {

@@ -1,9 +1,9 @@
 """mpq::linear, mpq::conv, float linear and conv  ->  oneDNN ops on packed constants; the rest by Inductor
 
-    static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
-    dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
-    weight     linear(x, dequantize(w))  where M is large, the packed weight-only op where M = 1
-    bf16, f32  mkldnn._linear_pointwise(x, pack(w), b)
+static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
+dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
+weight     linear(x, dequantize(w))  where M is large, the packed weight-only op where M = 1
+bf16, f32  mkldnn._linear_pointwise(x, pack(w), b)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CHOICES = {
 }
 
 
-INLINED = 8        # Inductor writes vectors up to this size into its code, where no refresh reaches
+INLINED = 8  # Inductor writes vectors up to this size into its code, where no refresh reaches
 
 
 def unavailable() -> str:
@@ -113,11 +113,35 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     sw = insert_call(node, aten.reshape.default, (sw, [-1]))
     zw = insert_call(node, aten.reshape.default, (zw, [-1]))
     shape = [hint(size) for size in value(x).shape]
-    packed = pack(node, onednn.qconv_prepack.default,
-                  (w, sw, scale, zero, stride, padding, dilation, groups, shape), value(w))
-    y = insert_call(node, onednn.qconv_pointwise.default,
-                    (x, scale, zero, packed, sw, zw, owned(node, bias), stride, padding, dilation,
-                     groups, out_scale, out_zero, dtype, tail.post, [*tail.scalars], ""))
+    packed = pack(
+        node,
+        onednn.qconv_prepack.default,
+        (w, sw, scale, zero, stride, padding, dilation, groups, shape),
+        value(w),
+    )
+    y = insert_call(
+        node,
+        onednn.qconv_pointwise.default,
+        (
+            x,
+            scale,
+            zero,
+            packed,
+            sw,
+            zw,
+            owned(node, bias),
+            stride,
+            padding,
+            dilation,
+            groups,
+            out_scale,
+            out_zero,
+            dtype,
+            tail.post,
+            [*tail.scalars],
+            "",
+        ),
+    )
     return y, "onednn.qconv_pointwise"
 
 
@@ -127,7 +151,9 @@ def lower_embedding(gm: GraphModule, node: Node) -> tuple[Node, str]:
     assert format_named(name).symmetric
     codes = insert_call(node, aten.embedding.default, (w, indices))
     scales = insert_call(node, aten.embedding.default, (sw, indices))
-    y = insert_call(node, aten.mul.Tensor, (insert_call(node, CAST, (codes, torch.float32)), scales))
+    y = insert_call(
+        node, aten.mul.Tensor, (insert_call(node, CAST, (codes, torch.float32)), scales)
+    )
     return cast_to(node, y, dtype), "inductor gather"
 
 
@@ -138,22 +164,30 @@ def lower_float_linear(gm: GraphModule, node: Node) -> tuple[Node, str]:
         return insert_call(node, node.target, node.args), "inductor"
     rows = math.prod(hint(size) for size in value(x).shape[:-1])
     packed = pack(node, mkldnn._reorder_linear_weight.default, (w, rows), value(w))
-    y = insert_call(node, mkldnn._linear_pointwise.default, (x, packed, owned(node, bias), "none", [], ""))
+    y = insert_call(
+        node, mkldnn._linear_pointwise.default, (x, packed, owned(node, bias), "none", [], "")
+    )
     return y, "mkldnn._linear_pointwise"
 
 
 def lower_float_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
     x, w, bias, stride, padding, dilation, groups = node.args
     shape = [hint(size) for size in value(x).shape]
-    packed = pack(node, mkldnn._reorder_convolution_weight.default,
-                  (w, padding, stride, dilation, groups, shape), value(w))
-    y = insert_call(node, mkldnn._convolution_pointwise.default,
-                    (x, packed, owned(node, bias), padding, stride, dilation, groups, "none", [],
-                     ""))
+    packed = pack(
+        node,
+        mkldnn._reorder_convolution_weight.default,
+        (w, padding, stride, dilation, groups, shape),
+        value(w),
+    )
+    y = insert_call(
+        node,
+        mkldnn._convolution_pointwise.default,
+        (x, packed, owned(node, bias), padding, stride, dilation, groups, "none", [], ""),
+    )
     return y, "mkldnn._convolution_pointwise"
 
 
-FUSING = (mpq.conv.default,)       # callees that take over what follows them
+FUSING = (mpq.conv.default,)  # callees that take over what follows them
 RULES: dict[Any, Callable[..., tuple[Node, str]]] = {
     mpq.linear.default: lower_linear,
     mpq.conv.default: lower_conv,
@@ -193,14 +227,27 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint
 
 
-def _qlinear(node: Node, x: Any, scale: float, zero: int, packed: Node, sw: Node, zw: Node, bias: Any,
-             dtype: torch.dtype) -> Node:
-    return insert_call(node, onednn.qlinear_pointwise.default,
-                       (x, scale, zero, packed, sw, zw, bias, 1.0, 0, dtype, "none", [], "none"))
+def _qlinear(
+    node: Node,
+    x: Any,
+    scale: float,
+    zero: int,
+    packed: Node,
+    sw: Node,
+    zw: Node,
+    bias: Any,
+    dtype: torch.dtype,
+) -> Node:
+    return insert_call(
+        node,
+        onednn.qlinear_pointwise.default,
+        (x, scale, zero, packed, sw, zw, bias, 1.0, 0, dtype, "none", [], "none"),
+    )
 
 
-def _weight_only(node: Node, x: Any, w: Node, sw: Node, zw: Node, bias: Any, name: str,
-                 dtype: torch.dtype) -> tuple[Node, str]:
+def _weight_only(
+    node: Node, x: Any, w: Node, sw: Node, zw: Node, bias: Any, name: str, dtype: torch.dtype
+) -> tuple[Node, str]:
     """x · (codes · scale): the weight is widened on every call, which pays where memory binds."""
     codes = insert_call(node, CAST, (w, torch.float32))
     wide = cast_to(node, insert_call(node, aten.mul.Tensor, (codes, sw)), value(x).dtype)
@@ -210,4 +257,6 @@ def _weight_only(node: Node, x: Any, w: Node, sw: Node, zw: Node, bias: Any, nam
     return cast_to(node, y, dtype), "aten.linear on a widened weight"
 
 
-ONEDNN = Target("cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, facts=cpu.facts)
+ONEDNN = Target(
+    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, facts=cpu.facts
+)

@@ -17,7 +17,11 @@ onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
 def measure(site: Site, choice: Choice) -> float:
     """Measured on random data of the site's shapes: latency does not depend on values."""
     with torch.inference_mode(False), torch.no_grad():
-        x = torch.randn([int(size) for size in site.input_shape]) if site.op != "embedding" else None
+        x = (
+            torch.randn([int(size) for size in site.input_shape])
+            if site.op != "embedding"
+            else None
+        )
         kernel = KERNELS[site.op](site, choice, x)
         return milliseconds(kernel) + conversion(x, site, choice)
 
@@ -32,8 +36,9 @@ def conversion(x: Tensor | None, site: Site, choice: Choice) -> float:
     if choice.scaling == "static":
         return milliseconds(lambda: torch.quantize_per_tensor(x, 0.1, 128, torch.quint8))
     if choice.scaling == "dynamic":
-        return milliseconds(lambda: (torch.aminmax(x),
-                                     torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)))
+        return milliseconds(
+            lambda: (torch.aminmax(x), torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
+        )
     return milliseconds(lambda: x.to(torch.bfloat16))
 
 
@@ -50,8 +55,21 @@ def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
         return lambda: mkldnn._linear_pointwise(*args)
     codes = torch.randint(0, 127, x.shape, dtype=torch.uint8)
     packed = onednn.qlinear_prepack(w.clamp(-1, 1).mul(127).to(torch.int8), None)
-    args = (codes, 0.1, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), bias, 1.0, 0,
-            torch.float32, "none", [], "none")
+    args = (
+        codes,
+        0.1,
+        0,
+        packed,
+        torch.ones(n),
+        torch.zeros(n, dtype=torch.int32),
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "none",
+    )
     return lambda: onednn.qlinear_pointwise.default(*args)
 
 
@@ -65,15 +83,44 @@ def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
         dtype = getattr(torch, choice.activation)
         w = w.to(dtype).contiguous(memory_format=layout)
         packed = mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
-        args = (x.to(dtype), packed, bias.to(dtype), padding, stride, dilation, groups, "none", [], "")
+        args = (
+            x.to(dtype),
+            packed,
+            bias.to(dtype),
+            padding,
+            stride,
+            dilation,
+            groups,
+            "none",
+            [],
+            "",
+        )
         return lambda: mkldnn._convolution_pointwise(*args)
     codes = torch.randint(0, 127, x.shape, dtype=torch.uint8).contiguous(memory_format=layout)
     scales = torch.ones(w.shape[0])
-    packed = onednn.qconv_prepack(w.to(torch.int8), scales, 0.1, 0, stride, padding, dilation, groups,
-                                  x.shape)
+    packed = onednn.qconv_prepack(
+        w.to(torch.int8), scales, 0.1, 0, stride, padding, dilation, groups, x.shape
+    )
     zeros = torch.zeros(w.shape[0], dtype=torch.int32)
-    args = (codes, 0.1, 0, packed, scales, zeros, bias, stride, padding, dilation, groups, 1.0, 0,
-            torch.float32, "none", [], "")
+    args = (
+        codes,
+        0.1,
+        0,
+        packed,
+        scales,
+        zeros,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
     return lambda: onednn.qconv_pointwise.default(*args)
 
 
@@ -100,5 +147,11 @@ def _dequantizing(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Any]
     return lambda: aten.linear(x, w.to(dtype))
 
 
-KERNELS = {"linear": linear, "conv": conv, "matmul": matmul, "attention": attention,
-           "embedding": embedding, "grouped_matmul": matmul}
+KERNELS = {
+    "linear": linear,
+    "conv": conv,
+    "matmul": matmul,
+    "attention": attention,
+    "embedding": embedding,
+    "grouped_matmul": matmul,
+}

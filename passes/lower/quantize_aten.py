@@ -60,8 +60,9 @@ def _replace_dynamic(node: Node, x: Node, name: str) -> None:
     fmt = format_named(name)
     assert fmt.symmetric, f"{fmt} has a zero point"
     x = as_float(node, x)
-    absmax = insert_call(node, aten.amax.default,
-                         (insert_call(node, aten.abs.default, (x,)), [-1], True))
+    absmax = insert_call(
+        node, aten.amax.default, (insert_call(node, aten.abs.default, (x,)), [-1], True)
+    )
     raw = insert_call(node, aten.div.Tensor, (absmax, float(fmt.max)))
     is_zero = insert_call(node, aten.eq.Scalar, (raw, 0))
     ones = insert_call(node, aten.ones_like.default, (raw,))

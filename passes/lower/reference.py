@@ -9,7 +9,6 @@ import torch
 from torch.fx import GraphModule
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
-
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import FORMATS
 from mpq_fx.graph import SITE
@@ -22,12 +21,25 @@ STATIC = Choice("int8", "uint8_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
 
 CHOICES = {
-    "linear": (BF16, FP16, STATIC, DYNAMIC, Choice("int8", "int8_tensor", "static"),
-               Choice("int8", "int8_asym", "dynamic"), Choice("int8", "bfloat16"),
-               Choice("int4", "bfloat16"), Choice("int4_g32", "bfloat16"),
-               Choice("int4_asym", "bfloat16")),
-    "conv": (BF16, FP16, STATIC, Choice("int8", "int8_tensor", "static"),
-             Choice("int8", "bfloat16")),
+    "linear": (
+        BF16,
+        FP16,
+        STATIC,
+        DYNAMIC,
+        Choice("int8", "int8_tensor", "static"),
+        Choice("int8", "int8_asym", "dynamic"),
+        Choice("int8", "bfloat16"),
+        Choice("int4", "bfloat16"),
+        Choice("int4_g32", "bfloat16"),
+        Choice("int4_asym", "bfloat16"),
+    ),
+    "conv": (
+        BF16,
+        FP16,
+        STATIC,
+        Choice("int8", "int8_tensor", "static"),
+        Choice("int8", "bfloat16"),
+    ),
     "embedding": (BF16, Choice("int8", "float32"), Choice("int4_g32", "float32")),
     "matmul": (BF16, FP16),
     "attention": (BF16, FP16),
@@ -50,8 +62,12 @@ def measure(site: Site, choice: Choice) -> float:
 def lower(gm: GraphModule) -> Kernels:
     """Nothing to replace: the reference implementation is the op's default."""
     callees = [mpq.linear.default, mpq.conv.default, mpq.embedding.default]
-    return {name: str(node.target) for node in gm.graph.nodes if node.target in callees
-            for name in node.meta[SITE]}
+    return {
+        name: str(node.target)
+        for node in gm.graph.nodes
+        if node.target in callees
+        for name in node.meta[SITE]
+    }
 
 
 def compile_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -59,5 +75,6 @@ def compile_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..
     return gm.forward
 
 
-REFERENCE = Target("reference", lambda: "", CHOICES, refuse, measure, lower, compile_eager,
-                   is_timed=False)
+REFERENCE = Target(
+    "reference", lambda: "", CHOICES, refuse, measure, lower, compile_eager, is_timed=False
+)

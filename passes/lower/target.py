@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice, Site
 
-Kernels = dict[str, str]            # node of the graph -> name of the callee that computes it
+Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,19 @@ class Target:
     """Where ops run.  Plain functions: no state, no device dispatch."""
 
     name: str
-    unavailable: Callable[[], str]                       # "" or the reason
-    choices: Mapping[str, tuple[Choice, ...]]            # op of a site -> what it may run in
-    refuse: Callable[[Site, Choice], Iterator[str]]      # reasons why not this one here
-    measure: Callable[[Site, Choice], float]             # ms of one call, conversions included
-    lower: Callable[[GraphModule], Kernels]              # target-neutral ops -> callees, in place
+    unavailable: Callable[[], str]  # "" or the reason
+    choices: Mapping[str, tuple[Choice, ...]]  # op of a site -> what it may run in
+    refuse: Callable[[Site, Choice], Iterator[str]]  # reasons why not this one here
+    measure: Callable[[Site, Choice], float]  # ms of one call, conversions included
+    lower: Callable[[GraphModule], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
-    is_timed: bool = True                                # False: an oracle, whose speed means nothing
-    facts: Callable[[], Mapping[str, Any]] = dict        # instruction set, versions: provenance
+    is_timed: bool = True  # False: an oracle, whose speed means nothing
+    facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
 
 
-def allowed(target: Target, site: Site, permitted: tuple[str, ...] | None
-            ) -> tuple[tuple[Choice, ...], dict[str, tuple[str, ...]]]:
+def allowed(
+    target: Target, site: Site, permitted: tuple[str, ...] | None
+) -> tuple[tuple[Choice, ...], dict[str, tuple[str, ...]]]:
     """(choices this site may take, reasons against the others); float is always among them."""
     kept, refusals = [Choice(site.dtype, site.dtype)], {}
     for choice in target.choices.get(site.op, ()):
@@ -54,6 +55,7 @@ def _is_permitted(choice: Choice, permitted: tuple[str, ...]) -> bool:
 def available(target: Target) -> Target:
     """The target, or UnsupportedError with the reason why it cannot run here."""
     if reason := target.unavailable():
-        raise UnsupportedError(f"target {target.name!r} is not available: {reason}",
-                               fix='options={"target": "auto"}')
+        raise UnsupportedError(
+            f"target {target.name!r} is not available: {reason}", fix='options={"target": "auto"}'
+        )
     return target

@@ -1,7 +1,7 @@
 """float op  ->  target-neutral quantized form, one function per op; weights stay values in the graph.
 
-    float formats     y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
-    integer formats   y = mpq::op(quantize(x), quantize_weight(w), b)
+float formats     y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
+integer formats   y = mpq::op(quantize(x), quantize_weight(w), b)
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from mpq_fx.passes.rewrite.quantized import rewrite_quantized
 INTEGER = {"linear": rewrite_quantized, "conv": rewrite_quantized, "embedding": rewrite_embedding}
 
 CLEANUP = (
-    merge_quantize,     # q/k/v quantize the tensor they share once
-    sink_casts,         # before cancel_casts: brings an upcast next to the downcast behind a view
+    merge_quantize,  # q/k/v quantize the tensor they share once
+    sink_casts,  # before cancel_casts: brings an upcast next to the downcast behind a view
     cancel_casts,
 )
 
 
-def rewrite(gm: GraphModule, sites: Sequence[Site], choices: Mapping[str, Choice],
-            scales: Scales) -> int:
+def rewrite(
+    gm: GraphModule, sites: Sequence[Site], choices: Mapping[str, Choice], scales: Scales
+) -> int:
     """Every site with a choice into its quantized form; the number of sites changed."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for site in sites:

@@ -44,4 +44,6 @@ def is_widening(node: object) -> bool:
     if not isinstance(node, Node) or node.target is not CAST or len(node.args) != 2:
         return False
     return node.args[1] == torch.float32 and value(node.args[0]).dtype in (
-        torch.bfloat16, torch.float16)
+        torch.bfloat16,
+        torch.float16,
+    )

@@ -17,7 +17,7 @@ def rewrite_float(node: Node, choice: Choice) -> None:
     """Compute one op in the float format of its choice; its users see the dtype they saw before."""
     dtype, before = getattr(torch, choice.weight), value(node).dtype
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: cast_to(node, n, dtype))
-    lower = insert_call(node, node.target, args, kwargs)      # type: ignore[arg-type]
+    lower = insert_call(node, node.target, args, kwargs)  # type: ignore[arg-type]
     node.replace_all_uses_with(insert_call(node, CAST, (lower, before)))
     node.graph.erase_node(node)
 

@@ -36,7 +36,7 @@ def merge_linear(gm: GraphModule, sites: Sequence[Site], choices: Mapping[str, C
 def _merge(nodes: Sequence[Node]) -> None:
     """The first of the nodes becomes the joined linear; all become slices of it."""
     anchor, x = nodes[0], nodes[0].args[0]
-    for node in nodes:                       # operands must stand before the joined call
+    for node in nodes:  # operands must stand before the joined call
         for operand in node.args[1:]:
             _hoist(operand, anchor)
     rows = [value(node).shape[-1] for node in nodes]
@@ -55,8 +55,10 @@ def _joined_bias(nodes: Sequence[Node], anchor: Node) -> Node | None:
     biases = [(*node.args, None)[2] for node in nodes]
     if all(bias is None for bias in biases):
         return None
-    parts = [bias if bias is not None else _zeros(node, anchor)
-             for bias, node in zip(biases, nodes, strict=True)]
+    parts = [
+        bias if bias is not None else _zeros(node, anchor)
+        for bias, node in zip(biases, nodes, strict=True)
+    ]
     return insert_call(anchor, aten.cat.default, (parts,))
 
 

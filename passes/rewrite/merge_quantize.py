@@ -31,8 +31,12 @@ def _key(gm: GraphModule, node: Node) -> object:
     if node.target is mpq.quantize.default:
         x, scale, zero, fmt = node.args
         return node.target, x, _number(gm, scale), _number(gm, zero), fmt
-    if node.target in (mpq.quantize_dynamic.default, mpq.quantize_weight.default, CAST,
-                       operator.getitem):
+    if node.target in (
+        mpq.quantize_dynamic.default,
+        mpq.quantize_weight.default,
+        CAST,
+        operator.getitem,
+    ):
         return node.target, node.args
     return None
 

@@ -19,8 +19,9 @@ from mpq_fx.passes.rewrite.float_op import cast_to
 mpq = torch.ops.mpq
 
 
-def rewrite_quantized(gm: GraphModule, node: Node, site: Site, choice: Choice,
-                      scales: Scales) -> None:
+def rewrite_quantized(
+    gm: GraphModule, node: Node, site: Site, choice: Choice, scales: Scales
+) -> None:
     """One linear or convolution in integer arithmetic, or on integer weights alone."""
     x, w, bias = (*node.args[:3], None)[:3]
     codes = quantize_activation(gm, node, x, choice, scales.get((site.name, choice.activation)))
@@ -34,8 +35,13 @@ def rewrite_quantized(gm: GraphModule, node: Node, site: Site, choice: Choice,
     gm.graph.erase_node(node)
 
 
-def quantize_activation(gm: GraphModule, node: Node, x: Any, choice: Choice,
-                        fixed: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[Any, Any, Any]:
+def quantize_activation(
+    gm: GraphModule,
+    node: Node,
+    x: Any,
+    choice: Choice,
+    fixed: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Any, Any, Any]:
     """(codes, scale, zero) of the activation; of a float format the cast value and empty scales."""
     fmt = format_named(choice.activation)
     if fmt.is_float:
@@ -73,4 +79,4 @@ def _callee(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     dims = value(node).dim() - 2
     defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
     given = tuple(node.args[3:])
-    return mpq.conv.default, (*given, *defaults[len(given):])
+    return mpq.conv.default, (*given, *defaults[len(given) :])

@@ -8,6 +8,7 @@ import pytest
 
 from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible, values_of
+from mpq_fx.passes.allocate.exact import Quantity, row_of
 from mpq_fx.passes.allocate.problem import groups_of
 
 OFFERS = {"a": ("w8", "w4"), "b": ("w8", "w4"), "c": ("w4", "w2")}
@@ -90,3 +91,23 @@ def test_a_problem_without_units_has_the_empty_plan():
     found = cp_sat.solve(Problem({}, {}, ("error",), budgets={"error": 0.0}))
     assert found.assignment == {}
     assert found.values == {"error": 0.0}
+
+
+def test_a_term_beyond_the_limit_never_fits_the_row():
+    quantity = Quantity(((0, 5, 10**30), (0, 3)), {}, shift=0)
+    row = row_of(quantity, 7.0, bits=4)
+    assert row.limit is not None
+    assert row.single[0][2] > row.limit >= row.single[0][1]
+
+
+def test_numbers_with_a_common_divisor_lose_nothing():
+    row = row_of(Quantity(((4096, 12288), (0, 8192)), {}, shift=0), 16384.0, bits=4)
+    assert row.single == ((0, 1), (0, 1))
+    assert (row.base, row.step, row.scale) == (4096, 8192, 1 / 8192)
+
+
+def test_rounding_down_admits_all_that_floats_admit_and_rounding_up_no_more():
+    quantity = Quantity(((0, 333), (0, 334), (0, 335)), {}, shift=0)
+    down, up = (row_of(quantity, 668.0, bits=5, up=up) for up in (False, True))
+    assert sum(row[1] for row in down.single[:2]) <= down.limit
+    assert sum(row[1] for row in up.single) > up.limit

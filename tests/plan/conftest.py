@@ -37,9 +37,15 @@ def bert_sites() -> list[Site]:
 def linear_like(name: str, op: str, shape: tuple[int, int], tokens: int) -> Site:
     rows = 128 if tokens else 1
     return Site(
-        name=name, op=op, node=name.replace(".", "_"), weight=f"p_{name}",
-        input_shape=(1, rows, shape[1]), weight_shape=shape, output_shape=(1, rows, shape[0]),
-        macs=0 if op == "embedding" else rows * shape[0] * shape[1], path=name,
+        name=name,
+        op=op,
+        node=name.replace(".", "_"),
+        weight=f"p_{name}",
+        input_shape=(1, rows, shape[1]),
+        weight_shape=shape,
+        output_shape=(1, rows, shape[0]),
+        macs=0 if op == "embedding" else rows * shape[0] * shape[1],
+        path=name,
         source="modeling_bert.py:178",
     )
 
@@ -60,8 +66,13 @@ def tables_of(sites: list[Site]) -> dict[str, Table]:
             bits[key] = width * site.weight_numel / total
     spread = {key: value / 10 for key, value in error.items()}
     return {
-        "error": Table("measured", "noise_power", error, spread=spread,
-                       provenance={"records": 2, "seconds": 14.2}),
+        "error": Table(
+            "measured",
+            "noise_power",
+            error,
+            spread=spread,
+            provenance={"records": 2, "seconds": 14.2},
+        ),
         "latency": Table("measured", "ms", ms),
         "size": Table("exact", "bytes", size),
         "bits": Table("exact", "bits", bits),
@@ -74,19 +85,36 @@ def bert() -> Plan:
 
     sites = bert_sites()
     tables = tables_of(sites)
-    floats = {name: sum(v for (_, c), v in table.values.items() if c == FLOAT)
-              for name, table in tables.items()}
+    floats = {
+        name: sum(v for (_, c), v in table.values.items() if c == FLOAT)
+        for name, table in tables.items()
+    }
     plan = Plan(
-        choices={}, target="onednn", tables=tables,
-        ledger=tuple(Row(site, FLOAT, refusals=REFUSALS if site.op == "linear" else {},
-                         ms_before=tables["latency"].values[site.name, FLOAT],
-                         kernel="onednn.qlinear_pointwise") for site in sites),
+        choices={},
+        target="onednn",
+        tables=tables,
+        ledger=tuple(
+            Row(
+                site,
+                FLOAT,
+                refusals=REFUSALS if site.op == "linear" else {},
+                ms_before=tables["latency"].values[site.name, FLOAT],
+                kernel="onednn.qlinear_pointwise",
+            )
+            for site in sites
+        ),
         baseline={**floats, "latency": floats["latency"] + 6.0, "size": floats["size"] + 1.5e6},
-        ties=tuple(tuple(f"encoder.layer.{k}.attention.self.{n}" for n in ("query", "key", "value"))
-                   for k in range(12)),
-        error_scale=1.3, fingerprint={"sites": {
-            s.name: {"op": s.op, "weight_shape": list(s.weight_shape), "dtype": s.dtype}
-            for s in sites}},
+        ties=tuple(
+            tuple(f"encoder.layer.{k}.attention.self.{n}" for n in ("query", "key", "value"))
+            for k in range(12)
+        ),
+        error_scale=1.3,
+        fingerprint={
+            "sites": {
+                s.name: {"op": s.op, "weight_shape": list(s.weight_shape), "dtype": s.dtype}
+                for s in sites
+            }
+        },
         provenance={"packages": {"mpq-fx": "0.1.0", "torch": "2.13.0"}, "seed": 0},
     )
     solved = resolve(plan, tolerance=0.02)
@@ -99,20 +127,36 @@ def measured(plan: Plan, points) -> Plan:
 
     draw = random.Random(1)
     ledger = tuple(
-        replace(row, measured_error=row.predicted_error * draw.uniform(0.8, 1.25),
-                kernel={"bfloat16": "mkldnn._linear_pointwise", FLOAT: "inductor"}.get(
-                    row.choice, "onednn.qlinear_pointwise"),
-                reason="the error is better spent elsewhere" if row.choice == FLOAT else "")
-        for row in plan.ledger)
+        replace(
+            row,
+            measured_error=row.predicted_error * draw.uniform(0.8, 1.25),
+            kernel={"bfloat16": "mkldnn._linear_pointwise", FLOAT: "inductor"}.get(
+                row.choice, "onednn.qlinear_pointwise"
+            ),
+            reason="the error is better spent elsewhere" if row.choice == FLOAT else "",
+        )
+        for row in plan.ledger
+    )
     return replace(
-        plan, ledger=ledger, error=0.0187, frontier=points,
+        plan,
+        ledger=ledger,
+        error=0.0187,
+        points=points,
         latency_ms={"plan": 13.1, "float": 47.0, "inductor float": 46.0, "all bfloat16": 17.2},
         errors={"plan": 0.0192, "float": 0.0, "all bfloat16": 0.011, "all int8": 0.093},
         solver=SolverFacts("OPTIMAL", ("latency", "error"), 9.87, 9.87, 0.0, 0.41),
-        timings={"observe": 3.1, "error table": 14.2, "latency table": 6.6, "solve and verify": 8.9,
-                 "compile": 11.8, "race": 6.0, "frontier": 1.0},
+        timings={
+            "observe": 3.1,
+            "error table": 14.2,
+            "latency table": 6.6,
+            "solve and verify": 8.9,
+            "compile": 11.8,
+            "race": 6.0,
+            "frontier": 1.0,
+        },
         provenance={"packages": {"mpq-fx": "0.1.0", "torch": "2.13.0"}, "seed": 0, "threads": 4},
-        notes=("time_budget of 60 s: errors measured on 2 of 4 calls",))
+        notes=("time_budget of 60 s: errors measured on 2 of 4 calls",),
+    )
 
 
 @pytest.fixture
@@ -121,19 +165,48 @@ def small() -> Plan:
     error = {("a", FLOAT): 0.0, ("a", "bfloat16"): 1e-4, ("b", FLOAT): 0.0, ("b", "bfloat16"): 4e-4}
     ms = {("a", FLOAT): 4.0, ("a", "bfloat16"): 1.0, ("b", FLOAT): 6.0, ("b", "bfloat16"): 2.0}
     size = {key: 4000.0 if key[1] == FLOAT else 2000.0 for key in ms}
-    sites = [Site(name, "linear", name, weight=f"p_{name}", weight_shape=(10, 100), macs=1000)
-             for name in "ab"]
+    sites = [
+        Site(name, "linear", name, weight=f"p_{name}", weight_shape=(10, 100), macs=1000)
+        for name in "ab"
+    ]
     return Plan(
-        choices={"a": parse_choice("bfloat16"), "b": parse_choice(FLOAT)}, target="reference",
-        ledger=(Row(sites[0], "bfloat16", predicted_error=0.01, kernel="k", measured_error=0.01,
-                    ms_before=4.0, ms_after=1.0, weight_bytes=2000),
-                Row(sites[1], FLOAT, reason="float is the fastest here", ms_before=6.0,
-                    ms_after=6.0, weight_bytes=4000)),
-        error=0.009, tolerance=0.01, budgets={"tolerance": 0.01},
-        latency_ms={"plan": 12.0, "float": 15.0}, errors={"plan": 0.01, "float": 0.0},
+        choices={"a": parse_choice("bfloat16"), "b": parse_choice(FLOAT)},
+        target="reference",
+        ledger=(
+            Row(
+                sites[0],
+                "bfloat16",
+                predicted_error=0.01,
+                kernel="k",
+                measured_error=0.01,
+                ms_before=4.0,
+                ms_after=1.0,
+                weight_bytes=2000,
+            ),
+            Row(
+                sites[1],
+                FLOAT,
+                reason="float is the fastest here",
+                ms_before=6.0,
+                ms_after=6.0,
+                weight_bytes=4000,
+            ),
+        ),
+        error=0.009,
+        tolerance=0.01,
+        budgets={"tolerance": 0.01},
+        latency_ms={"plan": 12.0, "float": 15.0},
+        errors={"plan": 0.01, "float": 0.0},
         baseline={"latency": 15.0, "size": 10000.0, "bits": 32.0},
-        tables={"error": Table("measured", "noise_power", error),
-                "latency": Table("measured", "ms", ms), "size": Table("exact", "bytes", size)},
-        fingerprint={"sites": {s.name: {"op": "linear", "weight_shape": [10, 100],
-                                        "dtype": "float32"} for s in sites}},
+        tables={
+            "error": Table("measured", "noise_power", error),
+            "latency": Table("measured", "ms", ms),
+            "size": Table("exact", "bytes", size),
+        },
+        fingerprint={
+            "sites": {
+                s.name: {"op": "linear", "weight_shape": [10, 100], "dtype": "float32"}
+                for s in sites
+            }
+        },
     )

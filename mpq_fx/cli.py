@@ -1,0 +1,286 @@
+"""The mpq command: tune a model, look at plans, check the machine; heavy imports wait for use."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpq_fx.config import Config
+from mpq_fx.errors import ConfigError, MpqError
+
+if TYPE_CHECKING:
+    from mpq_fx.report import Report
+
+NOT_TUNED = ("formats", "plan", "release")  # a mapping has its own option; the others come later
+MIN_WIDTH = 80
+
+
+class Failure(click.ClickException):
+    """An MpqError as a message on stderr, without a traceback."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """A group whose commands may raise MpqError."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MpqError as error:
+            raise Failure(str(error)) from error
+
+
+class Wish(click.ParamType):
+    """A value of an option of Config: a number if it reads as one, None for "none", else text."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lower() == "none":
+            return None
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+        return value
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mpq-fx", prog_name="mpq")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no log, only results.")
+@click.pass_context
+def main(ctx: click.Context, quiet: bool) -> None:
+    """Mixed precision for PyTorch models, chosen per layer from measurements."""
+    ctx.obj = quiet
+    _log_to_stderr(quiet)
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option per field of Config; its help is the comment behind the field."""
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(Config), re.M))
+    for field in reversed([f for f in fields(Config) if f.name not in NOT_TUNED]):
+        shown = f"{comments.get(field.name, '')}  [default: {field.default}]".strip()
+        option = click.option(
+            "--" + field.name.replace("_", "-"), type=Wish(), help=shown, default=field.default
+        )
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Where the plan is written (JSON).",
+)
+@click.option("--batches", help="module:function or module:list of calibration batches.")
+@click.option("--metric", help="module:function of a model; higher is better.")
+@click.option("--max-drop", type=float, help="Largest relative drop of the metric.")
+@click.option(
+    "--formats",
+    "formats",
+    multiple=True,
+    metavar="GLOB=FORMAT,…",
+    help="Formats allowed for the sites that match; may be given again.",
+)
+@_config_options
+@click.pass_obj
+def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
+    """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
+    batches, metric, max_drop = (given.pop(name) for name in ("batches", "metric", "max_drop"))
+    config = Config.from_options({**given, "formats": _rules(formats)})
+    net, inputs = _made(model, batches)
+    import mpq_fx
+    from mpq_fx.plan import save
+    from mpq_fx.report import headline
+
+    found = mpq_fx.tune(
+        net,
+        inputs,
+        metric=metric and _load(metric),
+        max_drop=max_drop,
+        config=config,
+        progress=not quiet,
+    )
+    save(found, output)
+    click.echo(f"{output}: {headline(found)}")
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+def show(plan: Path) -> None:
+    """Print a plan: every site, coverage, and what more is possible."""
+    from rich.console import Console
+
+    from mpq_fx.report_text import rendered
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(rendered(_report(plan), max(console.width, MIN_WIDTH)))
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """Print what differs between two plans; exit code 1 if something does."""
+    from mpq_fx.plan import diff as differences
+    from mpq_fx.plan import load
+
+    found = differences(load(a), load(b))
+    click.echo(str(found))
+    if found.choices or found.numbers:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Where the page is written (HTML).",
+)
+def report(plan: Path, output: Path) -> None:
+    """Write a plan as one self-contained HTML page."""
+    found = _report(plan)
+    if not output.parent.is_dir():
+        raise ConfigError(
+            f"the folder {output.parent} does not exist", fix=f"mkdir -p {output.parent}"
+        )
+    click.echo(f"{found.to_html(output)}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def bench(model: str, batch: int, as_json: bool) -> None:
+    """Measure MODEL against eager PyTorch and Inductor, one process per variant."""
+    from mpq_fx.benchmark import main as run
+
+    run(model, batch, as_json)
+
+
+@main.command()
+@click.pass_obj
+def demo(quiet: bool) -> None:
+    """Tune small trained models on this machine and show what was gained."""
+    from mpq_fx.demo import main as run
+
+    run(progress=not quiet)
+
+
+@main.command()
+def doctor() -> None:
+    """Say what can run here and why the rest cannot; exit code 1 if something has to be fixed."""
+    from mpq_fx.doctor import examine, printed
+
+    found = examine()
+    printed(found)
+    if found.problems:
+        raise SystemExit(1)
+
+
+def _report(path: Path) -> Report:
+    from mpq_fx.plan import load
+    from mpq_fx.report import report_of
+
+    return report_of([(path.name, load(path), "")])
+
+
+def _rules(given: tuple[str, ...]) -> dict[str, tuple[str, ...]] | None:
+    """("encoder.*=int8,bfloat16", …) -> {"encoder.*": ("int8", "bfloat16"), …}"""
+    rules = {}
+    for rule in given:
+        glob, equals, names = rule.partition("=")
+        if not equals or not names:
+            raise ConfigError(
+                f"--formats {rule!r} is not GLOB=FORMAT,…",
+                fix="--formats 'encoder.*=int8,bfloat16'",
+            )
+        rules[glob] = tuple(names.split(","))
+    return rules or None
+
+
+def _load(name: str) -> Any:
+    """ "package.module:attribute" -> the object, with the working directory importable."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"{name!r} is not module:name", fix="for example my_model:make")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module was found, and lacks something itself: its traceback tells more
+        raise ConfigError(
+            f"there is no module {error.name!r}",
+            fix=f"run mpq in the folder of {module}, or install it",
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(
+                f"{module} has no {attribute!r}",
+                fix=f"it has {', '.join(_public(found)) or 'no public names'}",
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _public(module: Any) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")][:8]
+
+
+def _made(model: str, batches: str | None) -> tuple[Any, Any]:
+    """(model, calibration batches), from what the user's functions return."""
+    made = _load(model)
+    made = made() if _is_factory(made) else made
+    net, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if batches is not None:
+        inputs = _load(batches)
+        inputs = inputs() if _is_factory(inputs) else inputs
+    if inputs is None:
+        raise ConfigError(
+            f"{model} returns a model without batches to calibrate on",
+            fix="--batches module:function, or return (model, batches)",
+        )
+    return net, inputs
+
+
+def _is_factory(made: Any) -> bool:
+    """A function or a class, but not a model, which is callable too."""
+    return inspect.isroutine(made) or inspect.isclass(made)
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """The library logs and never prints; the command shows the log."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("mpq_fx")
+    log.handlers = [h for h in log.handlers if not isinstance(h, RichHandler)]
+    log.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_time=False))
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.propagate = False

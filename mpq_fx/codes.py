@@ -1,0 +1,86 @@
+"""weights of a model <-> integer codes in a plan: a plan that fills a model on the meta device
+
+    state|NAME|value                     a tensor as it is (norms, biases, buffers, bfloat16 weights)
+    state|NAME|codes, …|scale, …|zero    a weight in the integer format of its choice
+Quantizing a dequantized weight gives the same codes, so a model filled this way runs the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpq_fx.errors import PlanError
+from mpq_fx.facts import Plan
+from mpq_fx.formats import format_named
+from mpq_fx.numerics import Quantized, dequantize_weight, quantize_weight
+
+
+def attach(plan: Plan, model: torch.nn.Module) -> Plan:
+    """The plan with everything the model holds, site weights as codes of their chosen format."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state(model):
+        fmt = weight_format(plan, name)
+        if fmt is None:
+            found[f"state|{name}|value"] = tensor.detach().clone()
+        elif format_named(fmt).is_float:
+            found[f"state|{name}|value"] = tensor.detach().to(getattr(torch, fmt))
+        else:
+            q = quantize_weight(tensor.detach(), format_named(fmt))
+            parts = {"codes": q.codes, "scale": q.scale, "zero": q.zero}
+            found |= {f"state|{name}|{part}": value for part, value in parts.items()}
+    return replace(plan, tensors={**plan.tensors, **found})
+
+
+def materialize(model: torch.nn.Module, plan: Plan) -> None:
+    """Fill a model on the meta device from the codes of a plan, in place.
+
+    Raises PlanError, before anything is changed, if the plan lacks a tensor of the model.
+    """
+    values = {name: restored(plan, name, tensor) for name, tensor in state(model)}
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in state(model):
+            tensor.copy_(values[name])
+
+
+def restored(plan: Plan, name: str, like: Tensor) -> Tensor:
+    """One tensor of the model from the plan, dequantized where the plan holds codes."""
+    tensors, key = plan.tensors, f"state|{name}|"
+    if key + "value" in tensors:
+        value = tensors[key + "value"]
+    elif key + "codes" in tensors:
+        fmt = weight_format(plan, name)
+        assert fmt is not None, f"codes of {name} without a choice"
+        parts = (tensors[key + part] for part in ("codes", "scale", "zero"))
+        value = dequantize_weight(Quantized(*parts), format_named(fmt))
+    else:
+        raise PlanError(
+            f"the plan holds no values of {name}, which is on the meta device",
+            fix="plan.with_codes(model).save(path), where the weights are",
+        )
+    if value.shape != like.shape:
+        raise PlanError(
+            f"{name}: the plan holds {tuple(value.shape)}, the model {tuple(like.shape)}",
+            fix="the plan of this very model",
+        )
+    return value.to(like.dtype)
+
+
+def weight_format(plan: Plan, name: str) -> str | None:
+    """The format that the plan chose for a weight; None for a tensor of no site, or kept float."""
+    site = name.removesuffix(".weight")
+    choice = plan.choices.get(site)
+    if choice is None or not name.endswith("weight"):
+        return None
+    own = plan.fingerprint["sites"][site]["dtype"]
+    return None if choice.weight == own else choice.weight
+
+
+def state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, the non-persistent buffers too."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()

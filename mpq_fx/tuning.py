@@ -1,0 +1,188 @@
+"""batches -> plan: observe on them, solve every graph, and hold the user's metric where there is one"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from mpq_fx.binding import Binding
+from mpq_fx.config import Config
+from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
+from mpq_fx.facts import Plan
+from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+from mpq_fx.registry import ROOTS, bindings_of
+from mpq_fx.search import Judge, Runner
+
+log = logging.getLogger("mpq_fx")
+Metric = Callable[[torch.nn.Module], Any]
+UNLIMITED = 1 << 30  # calibration calls that no caller reaches: `tune` decides when to solve
+
+
+def tune_model(
+    model: torch.nn.Module,
+    batches: Sequence[Any],
+    *,
+    metric: Metric | None,
+    max_drop: float | None,
+    config: Config,
+    progress: bool,
+) -> Plan:
+    """See mpq_fx.tune."""
+    from mpq_fx.api import call
+
+    _check(model, batches, metric, max_drop)
+    ROOTS.add(model)
+    observing = replace(config, calibration_calls=UNLIMITED, plan=None)
+    compiled = torch.compile(model, backend="mpq", options={"config": observing})
+    with (
+        _forgotten(observing),
+        Progress(transient=True, disable=not progress) as bar,
+        torch.inference_mode(),
+    ):
+        for batch in bar.track(batches, description="observing"):
+            call(compiled, batch)
+        found = _own(model, observing)
+        standard = _Standard(compiled, model, metric, max_drop) if metric else None
+        for lifecycle, binding in bar.track(found, description="solving"):
+            if not _is_covered(binding, found):
+                lifecycle.finalize(binding, standard.judge(binding) if standard else None)
+        if standard:
+            standard.verify()
+        plans = [binding.plan for _, binding in found if binding.plan is not None]
+        if not plans:
+            reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
+            raise CalibrationError(
+                f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
+                fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
+            )
+        return merged(plans)
+
+
+def merged(plans: Sequence[Plan]) -> Plan:
+    """One plan for one model from those of its graphs; the worst error counts, times add up."""
+    first, *others = plans
+    for other in others:
+        first = replace(
+            first,
+            choices={**first.choices, **other.choices},
+            ledger=(*first.ledger, *other.ledger),
+            error=max(first.error or 0.0, other.error or 0.0),
+            latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
+            baseline={k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()},
+            tables={
+                k: replace(t, values={**t.values, **other.tables[k].values})
+                for k, t in first.tables.items()
+            },
+            ties=(*first.ties, *other.ties),
+            notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
+            fingerprint={"sites": {**first.fingerprint["sites"], **other.fingerprint["sites"]}},
+            tensors={**first.tensors, **other.tensors},
+            points=first.points or other.points,
+        )
+    return first
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """The user's metric, its value on the float model, and the largest drop."""
+
+    compiled: Any
+    model: torch.nn.Module
+    metric: Metric
+    max_drop: float | None
+
+    def judge(self, binding: Binding) -> Judge:
+        base, count = _measured(self.metric, self.model)
+        limit = self.max_drop or 0.0
+        if count is not None and limit < 1 / count:
+            raise ConfigError(
+                f"max_drop={limit:g} cannot be seen on {count} examples: "
+                f"one of them is {1 / count:.2g}",
+                fix=f"max_drop={1 / count:.2g}, or more examples",
+            )
+
+        def drop(run: Runner) -> float:
+            with _trial(binding, run):
+                value, _ = _measured(self.metric, self.compiled)
+            return (base - value) / max(abs(base), 1e-12)
+
+        return Judge(drop, limit)
+
+    def verify(self) -> None:
+        """The metric of what is installed, kernels and all."""
+        base, _ = _measured(self.metric, self.model)
+        value, _ = _measured(self.metric, self.compiled)
+        drop, limit = (base - value) / max(abs(base), 1e-12), self.max_drop or 0.0
+        if drop > limit:
+            raise InfeasibleError(
+                f"the compiled plan loses {drop:.3g} of the metric "
+                f"({base:.6g} -> {value:.6g}), more than max_drop={limit:g}",
+                fix=f"max_drop={drop:.3g}",
+            )
+
+
+@contextmanager
+def _forgotten(config: Config) -> Iterator[None]:
+    """Graphs compiled for one tune are no part of the model afterwards."""
+    try:
+        yield
+    finally:
+        for lifecycle in [lc for lc in LIFECYCLES if lc.config is config]:
+            LIFECYCLES.discard(lifecycle)
+
+
+@contextmanager
+def _trial(binding: Binding, run: Runner) -> Iterator[None]:
+    """Calls of one binding answered by a replay of the plan under test."""
+    binding.trial = run
+    try:
+        yield
+    finally:
+        binding.trial = None
+
+
+def _measured(metric: Metric, model: Any) -> tuple[float, int | None]:
+    """A metric gives its value, or (value, number of examples)."""
+    found = metric(model)
+    value, count = found if isinstance(found, tuple) else (found, None)
+    return float(value), count
+
+
+def _own(model: torch.nn.Module, config: Config) -> list[tuple[Lifecycle, Binding]]:
+    """The graphs that this tune observed, the best observed first."""
+    found = [(lc, b) for lc, b in bindings_of(model) if lc.config is config and lc.sites]
+    return sorted(found, key=lambda pair: -len(pair[1].records))
+
+
+def _is_covered(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) -> bool:
+    """Did an earlier graph (another shape of the same code) plan all the sites of this one?"""
+    names = set(binding.site_names.values())
+    return any(
+        other.plan is not None and names <= set(other.plan.choices)
+        for _, other in found
+        if other is not binding
+    )
+
+
+def _check(
+    model: torch.nn.Module, batches: Sequence[Any], metric: Metric | None, max_drop: float | None
+) -> None:
+    if not batches:
+        raise CalibrationError("tune got no batches", fix="mpq_fx.tune(model, [x1, x2, ...])")
+    if model.training:
+        raise ConfigError("the model is in training mode", fix="mpq_fx.tune(model.eval(), batches)")
+    if (metric is None) != (max_drop is None):
+        raise ConfigError(
+            "metric and max_drop belong together",
+            fix="mpq_fx.tune(model, batches, metric=f, max_drop=0.01)",
+        )
+    if max_drop is not None and not 0 <= max_drop < 1:
+        raise ConfigError(
+            f"max_drop={max_drop} is not a share of the metric between 0 and 1", fix="max_drop=0.01"
+        )

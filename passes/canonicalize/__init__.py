@@ -1,0 +1,1 @@
+"""One spelling per idea, so that every later stage matches one op instead of ten."""
