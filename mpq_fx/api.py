@@ -14,7 +14,7 @@ from torch import Tensor
 from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, ConfigError
 from mpq_fx.facts import Plan
-from mpq_fx.registry import ROOTS, bindings_of, entries, root_of, totals
+from mpq_fx.registry import ROOTS, bindings_of, bypass, entries, root_of, totals
 
 if TYPE_CHECKING:
     from mpq_fx.report import Report
@@ -64,6 +64,7 @@ def apply(
     A plan with codes also fills a model on the meta device.
     """
     from mpq_fx.codes import materialize
+    from mpq_fx.dynamo import compile_apart
     from mpq_fx.plan import load
 
     plan = plan if isinstance(plan, Plan) else load(plan)
@@ -72,7 +73,7 @@ def apply(
         materialize(model, plan)
     ROOTS.add(model)
     config = replace(config or Config(), plan=plan, release=release)
-    return torch.compile(model, backend="mpq", options={"config": config})
+    return compile_apart(model, config=config)
 
 
 def explain(compiled: Any) -> Report:
@@ -89,7 +90,7 @@ def finalize(compiled: Any) -> None:
     if not found:
         raise CalibrationError(
             "no compiled graph of this model was called yet",
-            fix="call the compiled model under torch.inference_mode() first",
+            fix=bypass(compiled) or "call the compiled model under torch.inference_mode() first",
         )
     for lifecycle, binding in found:
         lifecycle.finalize(binding)

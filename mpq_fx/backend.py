@@ -31,7 +31,7 @@ def mpq(
         raise ConfigError(f"mode={mode!r} is an option of Inductor", fix="leave mode out")
     config = Config.from_options(options)
     if needs_gradients(example_inputs):
-        return compile_training(gm, example_inputs)
+        return compile_training(gm, example_inputs, config)
     return compile_graph(gm, example_inputs, config)
 
 

@@ -30,6 +30,7 @@ class Installed:
 
     run: Callable[..., Any]  # of the live arguments
     live: tuple[int, ...]  # positions, among all arguments, that `run` takes
+    passed: tuple[Tensor, ...]  # small constants, passed behind those
     constants: GraphModule  # owns the buffers that `run` reads
     live_names: tuple[str, ...]  # placeholders at those positions
     source: GraphModule  # the graph the recipes compute in

@@ -20,12 +20,14 @@ from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
+from mpq_fx.errors import PlanError
 from mpq_fx.facts import Plan, Site
-from mpq_fx.graph import clone, mark_weights, output_of, placeholders, run_passes
+from mpq_fx.graph import clone, mark_weights, output_of, placeholders, run_passes, value
 from mpq_fx.install import donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
-from mpq_fx.passes import CANONICALIZE
+from mpq_fx.passes import canonicalization
+from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
 from mpq_fx.registry import all_bindings, naming_root, site_names
@@ -33,6 +35,7 @@ from mpq_fx.search import Judge, search
 from mpq_fx.settle import settle
 
 log = logging.getLogger("mpq_fx")
+NO_ERROR = "no floating output, so the error of a plan cannot be measured"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +65,9 @@ def compile_graph(
         )
     mark_weights(captured.gm, captured.parameters.keys() - set(captured.mutated))
     raw, _ = clone(captured.gm)
-    changed = run_passes(captured.gm, CANONICALIZE)
+    changed = run_passes(captured.gm, canonicalization())
     names = tuple(node.name for node in placeholders(captured.gm))
+    caches = cache_outputs(captured.gm)
     graph = Graph(
         captured.gm,
         raw,
@@ -75,7 +79,7 @@ def compile_graph(
             for k, name in enumerate(names)
             if name in captured.parameters and name not in captured.mutated
         ),
-        cache_outputs(captured.gm),
+        caches,
         tuple(changed),
     )
     return Lifecycle(
@@ -84,6 +88,7 @@ def compile_graph(
         config,
         optimize=partial(optimize, graph, run_float),
         welcome=partial(welcome, graph, frame_root()),
+        reason="" if has_error(captured.gm, caches) else NO_ERROR,
     )
 
 
@@ -122,7 +127,14 @@ def welcome(
     plan = loaded(config) or donor(graph, binding, all_bindings())
     if plan is None or binding.reason != OBSERVING:
         return
-    install_plan(graph, binding, plan, config)
+    try:
+        install_plan(graph, binding, plan, config)
+    except PlanError as error:
+        if config.on_error == "raise":
+            raise
+        log.warning("staying in float: %s", error)
+        binding.keep_float(error.what)
+        return
     if config.release:
         freed = release(binding)
         log.info("freed %.1f MB of float weights", freed / 1e6)
@@ -152,6 +164,12 @@ def empty_graph(gm: GraphModule, paths: dict[str, str]) -> Graph:
     names = tuple(node.name for node in placeholders(gm))
     owned = tuple(k for k, name in enumerate(names) if name in paths)
     return Graph(gm, gm, (), names, dict(paths), owned, frozenset(), ())
+
+
+def has_error(gm: GraphModule, caches: frozenset[int]) -> bool:
+    """Is there an output whose error can be measured: floating, and not a cache?"""
+    results = enumerate(output_of(gm).args[0])
+    return any(is_measurable(value(n)) for k, n in results if k not in caches and n is not None)
 
 
 def cache_outputs(gm: GraphModule) -> frozenset[int]:

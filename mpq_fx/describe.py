@@ -38,12 +38,13 @@ def describe(
     names, winner = binding.site_names, settled.winner
     choices = parse(measured.proposal, winner.assignment)
     tables = {name: _renamed(table, names) for name, table in measured.tables.items()}
+    error = _reported_error(graph, measured, settled)
     ties = tuple(tuple(names[s] for s in tie) for tie in measured.ties)
     plan = Plan(
         choices={names[site]: choice for site, choice in choices.items()},
         ledger=tuple(_row(s, measured, settled, names) for s in measured.sites),
         target=measured.target.name,
-        error=_reported_error(graph, measured, settled),
+        error=error,
         tolerance=measured.tolerance,
         objective=config.objective,
         latency_ms={name: t.median for name, t in settled.timings.items()},
@@ -58,7 +59,7 @@ def describe(
         timings=dict(clock.timings),
         fingerprint=fingerprint(measured.sites, names),
         provenance=provenance(measured, config),
-        notes=_notes(graph, measured, settled, clock),
+        notes=_notes(graph, measured, settled, clock, error),
         tensors=_scales(measured, names),
     )
     with clock.stage("frontier"):
@@ -141,12 +142,19 @@ def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float
     return max(errors)
 
 
-def _notes(graph: Graph, measured: Measured, settled: Settled, clock: Clock) -> tuple[str, ...]:
+def _notes(
+    graph: Graph, measured: Measured, settled: Settled, clock: Clock, error: float
+) -> tuple[str, ...]:
     notes = list(clock.cuts)
     if graph.caches:
         notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
     if len(measured.parts.choose) + len(measured.parts.report) + len(measured.parts.fit) < 4:
         notes.append("few calibration calls: the parts to fit, choose and report overlap")
+    if measured.tolerance is not None and error > measured.tolerance:
+        notes.append(
+            f"the error on the calls kept for the report is {error:.3g}, above the "
+            f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
+        )
     if settled.winner.name != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)

@@ -86,7 +86,7 @@ def _print_target(console: Any, target: TargetFacts) -> None:
 
 
 def _targets() -> tuple[TargetFacts, ...]:
-    from mpq_fx.passes import TARGETS
+    from mpq_fx.passes import targets
 
     return tuple(
         TargetFacts(
@@ -95,7 +95,7 @@ def _targets() -> tuple[TargetFacts, ...]:
             dict(t.facts()) if not t.unavailable() else {},
             {op: tuple(c.name for c in offered) for op, offered in t.choices.items()},
         )
-        for t in TARGETS
+        for t in targets().values()
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,11 +28,28 @@ def frame_root() -> torch.nn.Module | None:
 
 def dynamo_facts() -> dict[str, Any]:
     """Graph breaks by reason, frames that Dynamo gave up on, and hits of its recompile limit."""
-    breaks = dict(counters["graph_break"])
-    limits = {reason: n for reason, n in breaks.items() if "recompile" in reason.lower()}
+    breaks, hits = _apart(counters["graph_break"])
+    unsupported, more = _apart(counters["unimplemented"])
     return {
-        "graph_breaks": {reason: n for reason, n in breaks.items() if reason not in limits},
+        "graph_breaks": breaks,
         "frames": dict(counters["frames"]),
-        "recompile_limit": sum(limits.values()) + counters["frames"].get("recompile_limit", 0),
-        "unimplemented": dict(counters["unimplemented"]),
+        "recompile_limit": hits + more,
+        "unimplemented": unsupported,
     }
+
+
+def _apart(counted: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Reasons without those that speak of the recompile limit, and how often those were given."""
+    others = {reason: n for reason, n in counted.items() if "recompile limit" not in reason.lower()}
+    return others, sum(counted.values()) - sum(others.values())
+
+
+def compile_apart(model: Any, **options: Any) -> Any:
+    """torch.compile(model) for mpq whose graphs do not count against the recompile limit of others.
+
+    Dynamo keeps compilations by code, so those of several plans would add up to its limit and
+    then run eager.  PyTorch before 2.13 has no such separation.
+    """
+    known = inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    return torch.compile(model, backend="mpq", options=options, **apart)

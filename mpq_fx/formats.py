@@ -1,6 +1,6 @@
 """value = (code - zero) * scale: number formats as facts; everything else is derived from them.
 
-A new format is one more line in `FORMATS`.  How values are rounded is written in `numerics`.
+A new format is one more line in `BUILT_IN`.  How values are rounded is written in `numerics`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from mpq_fx.errors import ConfigError
+from mpq_fx.plugins import Catalog
 
 TENSOR = -1  # one scale for the whole tensor
 ROW = 0  # one scale per row, that is per output channel of a weight and per token of an activation
@@ -178,7 +179,7 @@ def index(*formats: Format) -> dict[str, Format]:
     return table
 
 
-FORMATS = index(
+BUILT_IN = index(
     Format("float32", Float(8, 23)),
     Format("bfloat16", Float(8, 7)),
     Format("float16", Float(5, 10)),
@@ -196,13 +197,14 @@ FORMATS = index(
     Format("int4_row", Int(4), scale=torch.float16),
     Format("int4_asym", Int(4), scale=torch.float16, block=128, symmetric=False),
 )
+FORMATS: Catalog[Format] = Catalog("formats", BUILT_IN)  # and those of plug-ins
 
 
 def format_named(name: str) -> Format:
     """FORMATS[name], or an error that names the nearest format there is."""
     if name in FORMATS:
         return FORMATS[name]
-    near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), [*FORMATS], n=1, cutoff=0.0)
     raise ConfigError(
         f"unknown format {name!r}; there are {', '.join(FORMATS)}",
         fix=f"did you mean {near[0]!r}?" if near else "",

@@ -109,9 +109,9 @@ class Lifecycle:
         binding = bind(names, parameters, {site.name: site.name for site in self.sites})
         if self.reason or not self.sites:
             binding.reason = self.reason or "nothing here can run in another precision"
-        self.bindings[key] = binding
         if self._welcome is not None:
             self._welcome(self, binding)
+        self.bindings[key] = binding  # last: a call that raised is refused again
         return binding
 
     def _adopt(self, key: tuple[int, ...], old: Binding, parameters: tuple[Tensor, ...]) -> Binding:
@@ -126,7 +126,7 @@ class Lifecycle:
         binding.freshen(dict(zip(binding.names, parameters, strict=True)))
         if not installed.accepts(args):
             return self.run_float(*args)
-        return installed.run(*[args[k] for k in installed.live])
+        return installed.run(*[args[k] for k in installed.live], *installed.passed)
 
     def _observe(self, binding: Binding, args: Sequence[Any]) -> None:
         """Keep the inputs of a call that tells something new; solve when there are enough."""

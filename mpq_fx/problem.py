@@ -1,21 +1,26 @@
-"""tables + budgets -> Problem: the one place where the user's words become the solver's quantities.
+"""tables + budgets -> Problem, and back: where the user's words become the solver's quantities.
 
 tolerance    Σ noise power        ≤ tolerance² · scale   (scale from the bisection on measured error)
 max_latency  rest + Σ ms          ≤ ms of a call          rest = what no site accounts for
 max_size     rest + Σ bytes       ≤ bytes
-max_bits     Σ bits               ≤ mean bits · Σ weights
+max_bits     Σ share of mean bits ≤ mean bits
 max_bops     Σ MAC · bits · bits  ≤ bops
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from mpq_fx.config import Config, budget
+from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Table
-from mpq_fx.passes.allocate import Problem
+from mpq_fx.passes.allocate import Problem, diagnose
+from mpq_fx.passes.allocate.infeasible import OPTION
+from mpq_fx.passes.allocate.problem import ERROR
 
 RESOURCES = {"max_latency": "latency", "max_size": "size", "max_bits": "bits", "max_bops": "bops"}
+UNIT = {"max_latency": " ms", "max_size": " bytes"}
 OBJECTIVES = {
     "latency": ("latency", "error"),
     "size": ("size", "latency", "error"),
@@ -41,19 +46,21 @@ def problem(
     ties: Sequence[Sequence[str]] = (),
     scale: float = 1.0,
 ) -> Problem:
-    """The allocation problem of one set of tables; `budgets` as `numbers` gives them + tolerance."""
+    """The allocation problem of one set of tables; `budgets` as `numbers` gives them + tolerance.
+
+    Raises InfeasibleError for a budget below what is fixed in the model.
+    """
     options: dict[str, tuple[str, ...]] = {}
     for unit, option in tables["error"].values:
         options[unit] = (*options.get(unit, ()), option)
     resources = {name: dict(tables[name].values) for name in RESOURCES.values() if name in tables}
     limits = {
-        RESOURCES[name]: value
-        - _rest(options, resources[RESOURCES[name]], baseline, RESOURCES[name])
+        RESOURCES[name]: value - _reachable(name, value, fixed(tables, baseline, RESOURCES[name]))
         for name, value in budgets.items()
         if name in RESOURCES
     }
     if "tolerance" in budgets:
-        limits["error"] = budgets["tolerance"] ** 2 * scale
+        limits[ERROR] = budgets["tolerance"] ** 2 * scale
     return Problem(
         options=options,
         error=dict(tables["error"].values),
@@ -65,13 +72,74 @@ def problem(
     )
 
 
-def _rest(
-    options: Mapping[str, tuple[str, ...]],
-    table: Mapping[tuple[str, str], float],
-    baseline: Mapping[str, float],
-    name: str,
-) -> float:
-    """What the float model uses outside the sites: the part of a budget no choice can change."""
-    if name == "bits":  # a budget of mean bits speaks of site weights only
+def fixed(tables: Mapping[str, Table], baseline: Mapping[str, float], name: str) -> float:
+    """What the float model uses outside the units: the part of a budget that no choice can change.
+
+    0 for mean bits, which speak of the weights of units only.
+    """
+    if name == "bits":
         return 0.0
-    return baseline[name] - sum(table[unit, names[0]] for unit, names in options.items())
+    first: dict[str, str] = {}  # the first option of a unit is the precision of the user's model
+    for unit, option in tables[ERROR].values:
+        first.setdefault(unit, option)
+    return baseline[name] - sum(tables[name].values[key] for key in first.items())
+
+
+def in_user_units(
+    tables: Mapping[str, Table],
+    baseline: Mapping[str, float],
+    scale: float,
+    name: str,
+    value: float,
+) -> float:
+    """A sum over units -> the whole model: error = √(Σ noise power / scale), others + the fixed."""
+    if name == ERROR:
+        return math.sqrt(max(value, 0.0) / scale)
+    return value + fixed(tables, baseline, name)
+
+
+def unreachable(asked: Problem, convert: Callable[[str, float], float]) -> InfeasibleError:
+    """The solver's diagnosis in the user's own words; `convert` is `in_user_units` of the model."""
+    found = diagnose(asked)
+
+    def said(name: str, value: float) -> str:
+        return words(OPTION[name], convert(name, value))
+
+    lines = ["no plan meets " + " and ".join(said(n, asked.budgets[n]) for n in found.conflict)]
+    for name in found.conflict:
+        reachable = [said(name, found.alone[name])]
+        if len(asked.budgets) > 1 and found.kept[name] < math.inf:
+            reachable.append(said(name, found.kept[name]) + " with the other budgets kept")
+        lines.append("    within reach: " + ", ".join(reachable))
+    grown = {
+        OPTION[n]: round_up(convert(n, at), digits=4)
+        for n, at in found.reachable.items()
+        if at > asked.budgets[n]
+    }
+    fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
+    return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
+
+
+def words(option: str, value: float) -> str:
+    """ "max_latency <= 9 ms" """
+    return f"{option} <= {value:.4g}{UNIT.get(option, '')}"
+
+
+def round_up(value: float, digits: int = 2) -> float:
+    """The next number of so many digits: what is printed must be enough when typed."""
+    if value <= 0.0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}")
+
+
+def _reachable(name: str, value: float, rest: float) -> float:
+    """`rest`, or InfeasibleError where the model uses more without any choice."""
+    if value < rest:
+        raise InfeasibleError(
+            f"no plan meets {words(name, value)}: {rest:g} of it are used by parts of the model "
+            "that have no choice",
+            at="budgets",
+            fix=f"a {name} above {rest:g}",
+        )
+    return rest

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mpq_fx.binding import Binding
 from mpq_fx.errors import MpqError
-from mpq_fx.facts import Plan, Site
+from mpq_fx.facts import Plan, Row, Site
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 
 ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models that a user handed over
@@ -77,13 +78,55 @@ def site_names(sites: Sequence[Site], binding: Binding, root: torch.nn.Module) -
     return found
 
 
-def entries(compiled: Any) -> list[tuple[str, Plan | None, str]]:
-    """(label of the graph, its plan or None, why it runs in float or "")"""
-    found = []
-    for k, (lifecycle, binding) in enumerate(bindings_of(compiled)):
-        reason = lifecycle.reason or binding.reason
-        found.append((f"graph {k}", binding.plan, reason))
-    return found
+def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...]]]:
+    """(label, plan or None, why it runs in float or "", rows where there is no plan) per plan.
+
+    Graphs that share a plan (other shapes of one code, parts of one model) make one entry.
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    found = bindings_of(compiled)
+    for k, (lifecycle, binding) in enumerate(found):
+        key = id(binding.plan or binding), lifecycle.reason or binding.reason
+        groups.setdefault(key, []).append(k)
+    if not found and (reason := bypass(compiled)):
+        return [("generate", None, reason, ())]
+    return [
+        (_label(graphs), found[graphs[0]][1].plan, reason, _float_rows(*found[graphs[0]], reason))
+        for (_, reason), graphs in groups.items()
+    ]
+
+
+def _label(graphs: Sequence[int]) -> str:
+    return f"graph{'s' if len(graphs) > 1 else ''} {', '.join(map(str, graphs))}"
+
+
+def _float_rows(lifecycle: Lifecycle, binding: Binding, reason: str) -> tuple[Row, ...]:
+    """The sites of a graph without a plan: all in the user's precision, for one reason."""
+    if binding.plan is not None:
+        return ()
+    return tuple(
+        Row(
+            replace(site, name=binding.site_names[site.name]),
+            site.dtype,
+            reason,
+            weight_bytes=site.weight_numel * getattr(torch, site.dtype).itemsize,
+        )
+        for site in lifecycle.sites
+    )
+
+
+def bypass(compiled: Any) -> str:
+    """Why a wrapper of torch.compile may never have been called: `generate` is not its own.
+
+    wrapper.generate is the method of the model inside, which calls that model and not the wrapper.
+    """
+    model = getattr(compiled, "_orig_mod", None)
+    if model is None or not callable(getattr(model, "generate", None)):
+        return ""
+    return (
+        ".generate() of a torch.compile wrapper calls the uncompiled model; type "
+        'model.compile(backend="mpq") instead, which compiles in place'
+    )
 
 
 def totals(compiled: Any) -> dict[str, int]:

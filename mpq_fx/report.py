@@ -27,6 +27,11 @@ class Entry:
     label: str
     plan: Plan | None
     reason: str = ""
+    rows: tuple[Row, ...] = ()  # of a graph without a plan: its sites, all in float
+
+    @property
+    def ledger(self) -> tuple[Row, ...]:
+        return self.plan.ledger if self.plan else self.rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Report:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        return tuple(row for entry in self.entries if entry.plan for row in entry.plan.ledger)
+        return tuple(row for entry in self.entries for row in entry.ledger)
 
     def to_json(self) -> str:
         """Everything as JSON: plans without tensors, coverage, frontier steps, Dynamo's facts."""
@@ -82,6 +87,7 @@ class Report:
                 "label": e.label,
                 "reason": e.reason,
                 "plan": e.plan and _without_tensors(e.plan),
+                "rows": encode(e.rows),
                 "steps": [encode(step) for step in steps(e.plan)] if e.plan else [],
             }
             for e in self.entries
@@ -105,12 +111,12 @@ class Report:
 
 
 def report_of(
-    plans: Iterable[tuple[str, Plan | None, str]],
+    plans: Iterable[tuple[Any, ...]],
     *,
     dynamo: Mapping[str, Any] | None = None,
     parameters: Mapping[str, int] | None = None,
 ) -> Report:
-    """(label, plan or None, reason) per graph -> Report.
+    """(label, plan or None, reason, rows of a graph without a plan) per graph -> Report.
 
     `dynamo`: graph_breaks {reason: n}, frames {total, ok}, recompile_limit n, unimplemented.
     `parameters`: elements of the whole model ("parameters") and of its graphs ("captured").

@@ -57,6 +57,8 @@ def _entry(entry: Entry, width: int) -> Iterator[RenderableType]:
     if plan is None:
         yield _title(entry.label)
         yield _bullet(f"float: {entry.reason}")
+        if entry.rows:
+            yield _sites(entry.rows, {}, width)
         return
     yield _title(f"{entry.label} · target {plan.target}")
     yield Text(headline(plan))
@@ -113,7 +115,13 @@ COLUMNS = (
     Column("error", 6, 6, lambda row, *_: error(row.predicted_error), "right"),
     Column("found", 6, 0, lambda row, *_: error(row.measured_error), "right", wide=True),
     Column("ms", 11, 11, lambda row, *_: _change(row), "right"),
-    Column("kernel", 17, 0, lambda row, *_: row.kernel.rpartition(".")[2][:17], wide=True),
+    Column(
+        "kernel",
+        17,
+        0,
+        lambda row, *_: row.kernel.removesuffix(".default").rpartition(".")[2][:17],
+        wide=True,
+    ),
     Column("why", 6, 5, _numbers),
 )
 

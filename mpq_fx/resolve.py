@@ -6,8 +6,9 @@ What comes out is predicted: a plan is measured where it is installed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mpq_fx.config import Config, nearest
@@ -16,12 +17,10 @@ from mpq_fx.errors import ConfigError, InfeasibleError, PlanError
 from mpq_fx.facts import Plan, Row, SolverFacts
 from mpq_fx.passes.allocate.cp_sat import solve
 from mpq_fx.passes.allocate.frontier import frontier as non_dominated
-from mpq_fx.passes.allocate.infeasible import OPTION, diagnose
 from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
-from mpq_fx.problem import RESOURCES, numbers, problem
+from mpq_fx.problem import RESOURCES, in_user_units, numbers, problem, round_up, unreachable
 
 WISHES = ("objective", "tolerance", *RESOURCES)
-UNIT = {"max_latency": " ms", "max_size": " bytes"}
 PREDICTED = "predicted from the stored tables, not measured"
 
 
@@ -41,7 +40,7 @@ def resolve(plan: Plan, **wishes: Any) -> Plan:
     try:
         solution = solve(asked)
     except InfeasibleError as error:
-        raise _unreachable(plan, asked) from error
+        raise unreachable(asked, _units(plan)) from error
     return _resolved(plan, config, budgets, solution)
 
 
@@ -70,36 +69,19 @@ def _point(
     plan: Plan, resource: str, objective: Mapping[str, str], solution: Solution
 ) -> dict[str, Any]:
     values = predicted(plan, solution.values)
-    tolerance = _round_up(values[ERROR])
+    tolerance = round_up(values[ERROR])
     options = {**objective, "tolerance": tolerance} if tolerance > 0 else {}
     return {"resource": resource, **values, "options": options}
 
 
 def predicted(plan: Plan, values: Mapping[str, float]) -> dict[str, float]:
     """Sums over units -> the whole model: error = √(Σ noise power / scale), others + the fixed."""
-    return {name: _in_user_units(plan, name, value) for name, value in values.items()}
+    convert = _units(plan)
+    return {name: convert(name, value) for name, value in values.items()}
 
 
-def _in_user_units(plan: Plan, name: str, value: float) -> float:
-    if name == ERROR:
-        return math.sqrt(max(value, 0.0) / plan.error_scale)
-    return value + _fixed(plan, name)
-
-
-def _fixed(plan: Plan, name: str) -> float:
-    """What the float model uses outside the units; 0 for mean bits, which speak of units only."""
-    if name == "bits":
-        return 0.0
-    table = plan.tables[name].values
-    return plan.baseline[name] - sum(table[key] for key in _floats(plan).items())
-
-
-def _floats(plan: Plan) -> dict[str, str]:
-    """unit -> its first option: the precision of the user's model."""
-    first: dict[str, str] = {}
-    for unit, option in plan.tables[ERROR].values:
-        first.setdefault(unit, option)
-    return first
+def _units(plan: Plan) -> Callable[[str, float], float]:
+    return partial(in_user_units, plan.tables, plan.baseline, plan.error_scale)
 
 
 def _check_tables(plan: Plan) -> None:
@@ -133,16 +115,7 @@ def _config(plan: Plan, wishes: Mapping[str, Any]) -> Config:
 
 
 def _problem(plan: Plan, objective: str, budgets: Mapping[str, float]) -> Problem:
-    """The stored tables as a problem; a budget below what is fixed in the model is out of reach."""
-    for name, value in budgets.items():
-        fixed = _fixed(plan, RESOURCES[name]) if name in RESOURCES else 0.0
-        if value < fixed:
-            raise InfeasibleError(
-                f"no plan meets {name} <= {value:g}{UNIT.get(name, '')}: {fixed:g} of it are used "
-                "by parts of the model that have no choice",
-                at="budgets",
-                fix=f"a {name} above {fixed:g}",
-            )
+    """The stored tables as a problem."""
     return problem(
         plan.tables,
         objective=objective,
@@ -151,37 +124,6 @@ def _problem(plan: Plan, objective: str, budgets: Mapping[str, float]) -> Proble
         ties=plan.ties,
         scale=plan.error_scale,
     )
-
-
-def _unreachable(plan: Plan, asked: Problem) -> InfeasibleError:
-    """The solver's diagnosis in the user's own words and units."""
-    found = diagnose(asked)
-
-    def words(name: str, value: float) -> str:
-        option = OPTION[name]
-        return f"{option} <= {_in_user_units(plan, name, value):.4g}{UNIT.get(option, '')}"
-
-    lines = ["no plan meets " + " and ".join(words(n, asked.budgets[n]) for n in found.conflict)]
-    for name in found.conflict:
-        reachable = [words(name, found.alone[name])]
-        if len(asked.budgets) > 1 and found.kept[name] < math.inf:
-            reachable.append(words(name, found.kept[name]) + " with the other budgets kept")
-        lines.append("    within reach: " + ", ".join(reachable))
-    grown = {
-        OPTION[n]: _round_up(_in_user_units(plan, n, at), digits=4)
-        for n, at in found.reachable.items()
-        if at > asked.budgets[n]
-    }
-    fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
-    return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
-
-
-def _round_up(value: float, digits: int = 2) -> float:
-    """The next number of so many digits: what is printed must be enough when typed."""
-    if value <= 0.0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}")
 
 
 def _resolved(plan: Plan, config: Config, budgets: Mapping[str, float], solution: Solution) -> Plan:

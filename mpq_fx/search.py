@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mpq_fx.clock import Clock
@@ -12,7 +13,7 @@ from mpq_fx.errors import InfeasibleError
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.analyze.replay import output_error
-from mpq_fx.problem import numbers, problem
+from mpq_fx.problem import in_user_units, numbers, problem, unreachable, words
 from mpq_fx.verify import Candidate, bisect
 
 Runner = Callable[[Sequence[Any]], Any]  # arguments of a graph -> its outputs
@@ -90,18 +91,7 @@ def _search(
 
     def solution(error_budget: float) -> Solution:
         limits = budgets if start is None else {**budgets, "tolerance": start}
-        scale = 1.0 if not start else error_budget / start**2
-        return SOLVERS[SOLVER](
-            problem(
-                measured.tables,
-                objective=config.objective,
-                budgets=limits,
-                baseline=baseline,
-                ties=measured.ties,
-                scale=scale,
-            ),
-            time_limit=SOLVE_SECONDS,
-        )
+        return _solved(measured, config, limits, baseline, _scale(error_budget, start))
 
     def dropped(assignment: Mapping[str, str]) -> float:
         assert judge is not None
@@ -125,8 +115,36 @@ def _search(
         what = (
             f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"
         )
+        named = " and ".join(words(n, value) for n, value in budgets.items() if n != "tolerance")
         raise InfeasibleError(
-            f"no plan that was tried has {what} under the budgets {dict(budgets)}",
+            f"no plan that was tried has {what}" + (f" with {named}" if named else ""),
             fix="raise the tolerance (or max_drop), or a budget",
         )
     return best
+
+
+def _scale(error_budget: float, start: float | None) -> float:
+    return error_budget / start**2 if start else 1.0
+
+
+def _solved(
+    measured: Measured,
+    config: Config,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    scale: float,
+) -> Solution:
+    """One solve; budgets out of reach are named in the user's units."""
+    asked = problem(
+        measured.tables,
+        objective=config.objective,
+        budgets=budgets,
+        baseline=baseline,
+        ties=measured.ties,
+        scale=scale,
+    )
+    try:
+        return SOLVERS[SOLVER](asked, time_limit=SOLVE_SECONDS)
+    except InfeasibleError as error:
+        units = partial(in_user_units, measured.tables, baseline, scale or 1.0)
+        raise unreachable(asked, units) from error

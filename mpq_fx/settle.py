@@ -173,7 +173,9 @@ def _is_allowed(
 
 
 def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant]) -> bool:
-    return any(dict(v.assignment) == dict(assignment) for v in variants.values())
+    # The user's own float model is compiled otherwise: mpq's float has its weights packed.
+    same = (dict(v.assignment) == dict(assignment) for v in variants.values() if v.installed)
+    return any(same)
 
 
 def build(graph: Graph, measured: Measured, name: str, assignment: Mapping[str, str]) -> Variant:
@@ -205,14 +207,17 @@ def lower(
     with size_guard(graph.gm) as accepts:
         run = target.compile(folded.gm, inputs)
     live_names = tuple(graph.names[k] for k in folded.live)
-    installed = Installed(run, folded.live, folded.gm, live_names, gm, folded.recipes, accepts)
+    passed = tuple(getattr(folded.gm, name) for name in folded.passed)
+    installed = Installed(
+        run, folded.live, passed, folded.gm, live_names, gm, folded.recipes, accepts
+    )
     return installed, kernels
 
 
 def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
     """A call of a compiled plan on a recorded call; mutated inputs are copies, and written to."""
     args = [record[k] for k in installed.live]
-    return lambda: installed.run(*args)
+    return lambda: installed.run(*args, *installed.passed)
 
 
 def fresh(record: Sequence[Any]) -> tuple[Any, ...]:

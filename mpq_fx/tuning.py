@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from mpq_fx.binding import Binding
 from mpq_fx.config import Config
+from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
@@ -39,7 +40,7 @@ def tune_model(
     _check(model, batches, metric, max_drop)
     ROOTS.add(model)
     observing = replace(config, calibration_calls=UNLIMITED, plan=None)
-    compiled = torch.compile(model, backend="mpq", options={"config": observing})
+    compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
         Progress(transient=True, disable=not progress) as bar,
@@ -66,7 +67,8 @@ def tune_model(
 
 def merged(plans: Sequence[Plan]) -> Plan:
     """One plan for one model from those of its graphs; the worst error counts, times add up."""
-    first, *others = plans
+    weights = sum(plan.baseline["weights"] for plan in plans)
+    first, *others = (_of_whole(plan, weights) for plan in plans)
     for other in others:
         first = replace(
             first,
@@ -86,6 +88,20 @@ def merged(plans: Sequence[Plan]) -> Plan:
             points=first.points or other.points,
         )
     return first
+
+
+def _of_whole(plan: Plan, weights: float) -> Plan:
+    """Mean bits of one graph -> its share of the mean over the weights of all graphs."""
+    share = plan.baseline["weights"] / max(weights, 1.0)
+    bits = plan.tables["bits"]
+    return replace(
+        plan,
+        tables={
+            **plan.tables,
+            "bits": replace(bits, values={k: v * share for k, v in bits.values.items()}),
+        },
+        baseline={**plan.baseline, "bits": plan.baseline["bits"] * share},
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,7 @@ def _forgotten(config: Config) -> Iterator[None]:
     finally:
         for lifecycle in [lc for lc in LIFECYCLES if lc.config is config]:
             LIFECYCLES.discard(lifecycle)
+            lifecycle.bindings.clear()  # Dynamo keeps the graphs; their constants are let go
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate import Solution
 
 ROUNDS = 10  # solve-and-measure rounds of a bisection
@@ -63,7 +64,10 @@ def _exact(
     tolerance: float,
 ) -> Candidate | None:
     """The last resort: a plan without any predicted error, which is float unless budgets forbid it."""
-    solution = solve(0.0)
+    try:
+        solution = solve(0.0)
+    except InfeasibleError:  # budgets forbid float
+        return None
     error = measure(solution.assignment)
     return Candidate(solution, error, 0.0) if error <= tolerance else None
 

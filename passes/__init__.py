@@ -1,32 +1,51 @@
-"""The only place that knows order: canonicalization passes, metrics, and targets, best first."""
+"""The only place that knows order: canonicalization passes, metrics, and targets, best first.
+
+What plug-ins add is looked up when it is needed (mpq_fx.plugins), never when this is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
 from mpq_fx.facts import Table
+from mpq_fx.graph import Pass
 from mpq_fx.passes.analyze.sensitivity import measured_singles
-from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm
-from mpq_fx.passes.canonicalize.convolution import canonicalize_convolution
-from mpq_fx.passes.canonicalize.identity import remove_identities
-from mpq_fx.passes.canonicalize.linear import canonicalize_linear
+from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
+from mpq_fx.passes.canonicalize.casts import spell_casts
+from mpq_fx.passes.canonicalize.convolution import spell_convolutions
+from mpq_fx.passes.canonicalize.dropout import remove_dropout
+from mpq_fx.passes.canonicalize.einsum import spell_einsum
+from mpq_fx.passes.canonicalize.identities import remove_identities
+from mpq_fx.passes.canonicalize.linear import spell_linear
+from mpq_fx.passes.canonicalize.linear_bias import merge_linear_bias
 from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.kernel import with_kernels
 from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.passes.lower.target import Target
+from mpq_fx.plugins import Catalog, load
 
-CANONICALIZE = (
-    remove_identities,
-    canonicalize_linear,
-    canonicalize_convolution,
-    fold_batch_norm,  # after the spellings of what it folds into
+CANONICALIZE: tuple[Pass, ...] = (
+    remove_dropout,
+    spell_casts,
+    remove_identities,  # after spell_casts, which shows casts to the same dtype
+    spell_convolutions,
+    spell_batch_norm,
+    spell_linear,
+    spell_einsum,
+    merge_linear_bias,  # after every spelling of linear
+    fold_batch_norm,  # last: it needs one spelling of what it folds, and of what it folds into
 )
 
-METRICS: dict[str, Callable[..., Table]] = {
-    "auto": measured_singles,
-    "measured": measured_singles,
-}
+METRICS: Catalog[Callable[..., Table]] = Catalog(
+    "metrics",
+    {
+        "auto": measured_singles,
+        "measured": measured_singles,
+    },
+)
 
 TARGETS = (ONEDNN, REFERENCE)  # "auto" takes the first that is available
 
@@ -34,10 +53,31 @@ TARGETS = (ONEDNN, REFERENCE)  # "auto" takes the first that is available
 def target_named(name: str) -> Target:
     """A target by name; "auto" is the first one that is available here."""
     if name == "auto":
-        return next(target for target in TARGETS if not target.unavailable())
-    for target in TARGETS:
-        if target.name == name:
-            return target
-    raise ConfigError(
-        f"unknown target {name!r}", fix=f"one of auto, {', '.join(t.name for t in TARGETS)}"
-    )
+        found = next(target for target in TARGETS if not target.unavailable())
+    elif name in targets():
+        found = targets()[name]
+    else:
+        raise ConfigError(f"unknown target {name!r}", fix=f"one of auto, {', '.join(targets())}")
+    return with_kernels(found, load("kernels"))
+
+
+def targets() -> Mapping[str, Target]:
+    """TARGETS by name, then those of plug-ins, which "auto" never takes: they are asked for."""
+    return Catalog("targets", {target.name: target for target in TARGETS})
+
+
+def canonicalization() -> tuple[Pass, ...]:
+    """CANONICALIZE with the passes of plug-ins, each of which says where it goes."""
+    passes = CANONICALIZE
+    for place in load("passes").values():
+        passes = tuple(place(passes))
+    return passes
+
+
+def after(passes: Sequence[Pass], name: str, mine: Pass) -> tuple[Pass, ...]:
+    """(…, name, …)  ->  (…, name, mine, …)"""
+    names = [getattr(each, "__name__", type(each).__name__) for each in passes]
+    if name not in names:
+        raise ConfigError(f"there is no pass {name!r} to go after", fix=nearest(name, names))
+    at = names.index(name) + 1
+    return (*passes[:at], mine, *passes[at:])

@@ -9,6 +9,7 @@ from mpq_fx.passes.allocate import brute_force, cp_sat, lagrangian
 from mpq_fx.passes.allocate.frontier import frontier
 from mpq_fx.passes.allocate.infeasible import Diagnosis, diagnose, explain
 from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, values_of
+from mpq_fx.plugins import Catalog
 
 
 class Solver(Protocol):
@@ -19,11 +20,14 @@ class Solver(Protocol):
     ) -> Solution: ...
 
 
-SOLVERS: Mapping[str, Solver] = {
-    "cp_sat": cp_sat.solve,  # exact; the default
-    "lagrangian": lagrangian.solve,  # no pair terms; near-optimal in a bounded number of steps
-    "brute_force": brute_force.solve,  # the oracle, for small problems
-}
+SOLVERS: Catalog[Solver] = Catalog(
+    "solvers",
+    {
+        "cp_sat": cp_sat.solve,  # exact; the default
+        "lagrangian": lagrangian.solve,  # no pair terms; near-optimal in a bounded number of steps
+        "brute_force": brute_force.solve,  # the oracle, for small problems
+    },
+)
 
 __all__ = [
     "SOLVERS",

@@ -56,13 +56,14 @@ def latency(
 
 
 def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
-    """Exact tables: bytes of the weight as stored, its bits, MAC · bits · bits."""
+    """Exact tables: bytes of the weight as stored, its share of mean bits, MAC · bits · bits."""
     size, bits, bops = {}, {}, {}
+    weights = max(1, sum(site.weight_numel for site in sites))
     for site in sites:
         for choice in options[site.name]:
             key = site.name, choice.name
-            bits[key] = float(stored_bits(site, choice))
-            size[key] = bits[key] / 8
+            size[key] = stored_bits(site, choice) / 8
+            bits[key] = 8 * size[key] / weights
             bops[key] = float(site.macs * width(choice.weight) * width(choice.activation))
     return {
         "size": Table("exact", "bytes", size),

@@ -20,7 +20,7 @@ from mpq_fx.formats import Format
 from mpq_fx.numerics import fake_quantize, scale_and_zero
 from mpq_fx.passes.analyze.replay import OPERANDS, Replayer
 
-SAMPLE = 1 << 18  # values per call kept for the choice of a static range
+SAMPLE = 1 << 14  # values per call kept for the choice of a static range
 PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -133,11 +133,11 @@ def minmax(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor]:
     return scale_and_zero(torch.tensor([seen.minimum, seen.maximum]), fmt)
 
 
-def percentile(seen: Observed, fmt: Format, percent: float) -> tuple[Tensor, Tensor]:
-    """The range that holds `percent` of the values, cut equally at both ends."""
-    ordered = seen.sample.sort().values
+def percentile(ordered: Tensor, fmt: Format, percent: float) -> tuple[Tensor, Tensor]:
+    """The range that holds `percent` of the sorted values, cut equally at both ends."""
     cut = int((1 - percent / 100) / 2 * (ordered.numel() - 1))
-    return scale_and_zero(torch.stack([ordered[cut], ordered[ordered.numel() - 1 - cut]]), fmt)
+    ends = torch.stack([ordered[cut], ordered[ordered.numel() - 1 - cut]])
+    return scale_and_zero(ends, fmt)
 
 
 def least_noise(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor, str]:
@@ -173,5 +173,6 @@ def _ranges(seen: Observed, fmt: Format) -> Iterable[tuple[str, tuple[Tensor, Te
             "minmax" if shrink == 1.0 else f"minmax × {shrink}",
             scale_and_zero(torch.tensor([low, high]), fmt),
         )
+    ordered = seen.sample.sort().values
     for percent in PERCENTILES:
-        yield f"percentile {percent}", percentile(seen, fmt, percent)
+        yield f"percentile {percent}", percentile(ordered, fmt, percent)

@@ -167,7 +167,8 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
 def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """The whole graph in `dtype`, as `model.to(dtype)` would run: the bfloat16 yardstick.
 
-    Explicit casts of the user's code stay; ops that refuse mixed operands get theirs cast.
+    Explicit casts of the user's code stay; ops that refuse mixed operands get theirs cast, and ops
+    that PyTorch has not in `dtype` (a Fourier transform) run in float32.
     """
     env = {
         node: cast(given, dtype)
@@ -181,7 +182,7 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
             args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if any(name in str(node.target) for name in _CASTING):
                 args, kwargs = cast(args, dtype), cast(kwargs, dtype)
-            env[node] = call(node, args, kwargs)
+            env[node] = _call_in(dtype, node, args, kwargs)
         for dead in replay.last_use.get(node, ()):
             env.pop(dead, None)
     raise AssertionError("a graph without an output node")
@@ -190,13 +191,30 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
 def output_error(
     outputs: Sequence[Any], reference: Sequence[Any], excluded: frozenset[int] = frozenset()
 ) -> float:
-    """max over floating outputs of ‖y − y_ref‖ / ‖y_ref‖; `excluded` are positions of cache outputs."""
+    """max over outputs of ‖y − y_ref‖ / ‖y_ref‖; `excluded` are positions of cache outputs."""
     errors = [
-        relative_rms(y, ref)
+        relative_rms(_as_real(y), _as_real(ref))
         for k, (y, ref) in enumerate(zip(outputs, reference, strict=True))
-        if k not in excluded and isinstance(ref, Tensor) and ref.is_floating_point() and ref.numel()
+        if k not in excluded and is_measurable(ref) and ref.numel()
     ]
     return max(errors, default=0.0)
+
+
+def is_measurable(output: Any) -> bool:
+    """Does an output have an error: floating or complex, not an index or a flag?"""
+    return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
+
+
+def _as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _call_in(dtype: torch.dtype, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return call(node, args, kwargs)
+    except (RuntimeError, NotImplementedError):  # no such kernel: the message is PyTorch's own
+        wide = call(node, cast(args, torch.float32), cast(kwargs, torch.float32))
+        return cast(wide, dtype)
 
 
 def _in(dtype: torch.dtype, result: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +15,70 @@ from mpq_fx.facts import Site
 from mpq_fx.graph import is_weight, module_path, source_line, value
 
 aten = torch.ops.aten
-KINDS: dict[Any, str] = {
-    aten.linear.default: "linear",
-    aten.conv1d.default: "conv",
-    aten.conv2d.default: "conv",
-    aten.embedding.default: "embedding",
-    aten.matmul.default: "matmul",
-    aten.bmm.default: "matmul",
-    aten.baddbmm.default: "matmul",
-    aten.scaled_dot_product_attention.default: "attention",
-    aten._grouped_mm.default: "grouped_matmul",
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Kind of a site, and where its activation and its weight stand among the arguments."""
+
+    kind: str
+    activation: int = 0
+    weight: int = 1
+    bias: int | None = None
+
+
+CONV = Operands("conv", bias=2)
+UP = Operands("conv_transpose", bias=2)
+PRODUCT = Operands("matmul")
+# By name: an op of another library must not have to be importable.
+OPERANDS: dict[str, Operands] = {
+    "aten.linear.default": Operands("linear", bias=2),
+    "aten.conv1d.default": CONV,
+    "aten.conv2d.default": CONV,
+    "aten.conv3d.default": Operands("conv3d", bias=2),
+    "aten.conv_transpose1d.default": UP,
+    "aten.conv_transpose2d.input": UP,
+    "aten.conv_transpose3d.input": UP,
+    "aten.embedding.default": Operands("embedding", activation=1, weight=0),
+    "aten.matmul.default": PRODUCT,
+    "aten.mm.default": PRODUCT,
+    "aten.bmm.default": PRODUCT,
+    "aten.baddbmm.default": Operands("matmul", activation=1, weight=2),
+    "aten.scaled_dot_product_attention.default": Operands("attention"),
+    "aten._grouped_mm.default": PRODUCT,
+    "transformers.grouped_mm_fallback.default": PRODUCT,
 }
-WEIGHT_AT = {"linear": 1, "conv": 1, "embedding": 0}
-INPUT_AT = {"embedding": 1}
+NEEDS_WEIGHT = ("conv", "conv3d", "conv_transpose", "embedding")
 
 
 def find_sites(gm: GraphModule, parameters: Mapping[str, str]) -> list[Site]:
     """Sites of a graph; `parameters` maps placeholders of weights to their paths."""
-    readers = Counter(node.args[0] for node in gm.graph.nodes if node.target is aten.linear.default)
+    found = [
+        (node, operands)
+        for node in gm.graph.nodes
+        if (operands := OPERANDS.get(str(node.target))) and is_site(node, operands)
+    ]
+    readers = Counter(n.args[o.activation] for n, o in found if kind_of(n, o) == "linear")
     names = _Names()
-    return [_site(node, kind, parameters, names, readers) for node, kind in _candidates(gm)]
+    return [_site(node, operands, parameters, names, readers) for node, operands in found]
+
+
+def is_site(node: Node, operands: Operands) -> bool:
+    """A float op that depends on more than weights; a convolution's weight must not be computed."""
+    result = value(node)
+    if is_weight(node) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+        return False
+    return operands.kind not in NEEDS_WEIGHT or is_weight(node.args[operands.weight])
+
+
+def kind_of(node: Node, operands: Operands) -> str:
+    """A product with stacked weights is a grouped one, a linear of two activations a matmul."""
+    weight = node.args[operands.weight]
+    if operands.kind == "linear" and not is_weight(weight):
+        return "matmul"
+    if operands.kind == "matmul" and is_weight(weight) and value(weight).dim() == 3:  # type: ignore[arg-type]
+        return "grouped_matmul"
+    return operands.kind
 
 
 class _Names:
@@ -48,91 +93,78 @@ class _Names:
         return wanted if count == 1 else f"{wanted}#{count}"
 
 
-def _candidates(gm: GraphModule) -> Iterator[tuple[Node, str]]:
-    for node in gm.graph.nodes:
-        kind = KINDS.get(node.target)
-        if kind is None or not _is_float(node) or is_weight(node):
-            continue
-        if kind in WEIGHT_AT:
-            if is_weight(node.args[WEIGHT_AT[kind]]):
-                yield node, kind
-        else:
-            yield node, "grouped_matmul" if _has_expert_weight(node) else kind
-
-
-def _has_expert_weight(node: Node) -> bool:
-    return any(isinstance(a, Node) and is_weight(a) and value(a).dim() == 3 for a in node.args)
-
-
-def _is_float(node: Node) -> bool:
-    found = value(node)
-    return isinstance(found, torch.Tensor) and found.is_floating_point()
-
-
 def _site(
-    node: Node, kind: str, parameters: Mapping[str, str], names: _Names, readers: Counter[Node]
+    node: Node,
+    operands: Operands,
+    parameters: Mapping[str, str],
+    names: _Names,
+    readers: Mapping[Any, int],
 ) -> Site:
-    weight = node.args[WEIGHT_AT[kind]] if kind in WEIGHT_AT else None
-    x = node.args[INPUT_AT.get(kind, 0)]
-    if node.target is aten.baddbmm.default:
-        x = node.args[1]
-    root = _root(weight) if weight is not None else None
-    path = module_path(node)
-    owner = parameters[root].rpartition(".")[0] if root in parameters else ""
-    bias = node.args[2] if kind in ("linear", "conv") and len(node.args) > 2 else None
+    kind = kind_of(node, operands)
+    x, weight = _argument(node, operands.activation), _argument(node, operands.weight)
+    assert x is not None
+    weight = weight if weight is not None and is_weight(weight) else None
+    root, path = root_of(weight), module_path(node)
+    owner = parameters.get(root or "", "").removesuffix(".weight")
     return Site(
         name=names(owner or f"{path}.{kind}".strip(".")),
         op=kind,
         node=node.name,
         weight=root,
-        bias=_root(bias) if isinstance(bias, Node) else None,
-        input_shape=_shape(x),
+        bias=root_of(_argument(node, operands.bias)),
+        input_shape=shape_of(x),
         weight_shape=tuple(map(int, value(weight).shape)) if weight is not None else (),
-        output_shape=_shape(node),
-        attributes=_attributes(node, kind),
+        output_shape=shape_of(node),
+        attributes=tuple(node.args[3:7]) if kind == "conv" else (),
         dtype=str(value(node).dtype).removeprefix("torch."),
-        macs=_macs(node, kind, weight),
+        macs=macs_of(node, kind, operands),
         group=x.name if kind == "linear" and readers[x] > 1 else None,
         path=path or owner,
         source=source_line(node),
     )
 
 
-def _root(weight: Node) -> str | None:
-    """The parameter a weight is computed from: of several (batch norm folded) the one with its rank."""
+def _argument(node: Node, position: int | None) -> Node | None:
+    found = node.args[position] if position is not None and position < len(node.args) else None
+    return found if isinstance(found, Node) else None
+
+
+def root_of(weight: Node | None) -> str | None:
+    """The parameter that a weight is computed from; of several the one with as many dimensions.
+
+    A folded batch norm makes a weight out of five parameters, four of them vectors.
+    """
+    if weight is None:
+        return None
     pending, found = [weight], []
-    while pending:
-        node = pending.pop(0)
+    for node in pending:
         if node.op == "placeholder":
             found.append(node)
         pending += [n for n in node.all_input_nodes if n not in pending]
     rank = value(weight).dim()
-    return next((n.name for n in found if value(n).dim() == rank), found[0].name if found else None)
+    found.sort(key=lambda node: value(node).dim() != rank)
+    return found[0].name if found else None
 
 
-def _attributes(node: Node, kind: str) -> tuple[Any, ...]:
-    return tuple(node.args[3:7]) if kind == "conv" else ()
-
-
-def _shape(node: Any) -> tuple[Any, ...]:
+def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(size if isinstance(size, int) else str(size) for size in value(node).shape)
 
 
-def _macs(node: Node, kind: str, weight: Node | None) -> int:
+def macs_of(node: Node, kind: str, operands: Operands) -> int:
     """Multiply-accumulates at the sizes seen so far."""
-    numel = math.prod(_hint(s) for s in value(node).shape)
-    if kind in ("linear", "conv"):
-        assert weight is not None
-        return numel * math.prod(map(int, value(weight).shape[1:]))
+    result, x = _sizes(node), _sizes(node.args[operands.activation])
+    if kind == "embedding":
+        return 0
+    weight = _sizes(node.args[operands.weight])
+    if kind in ("conv", "conv3d"):
+        return math.prod(result) * math.prod(weight[1:])
+    if kind == "conv_transpose":
+        return math.prod(x) * math.prod(weight[1:])
     if kind == "attention":
-        q, k = value(node.args[0]), value(node.args[1])
-        scores = math.prod(_hint(s) for s in (*q.shape[:-1], k.shape[-2]))
-        return scores * (_hint(q.shape[-1]) + _hint(value(node.args[2]).shape[-1]))
-    if kind in ("matmul", "grouped_matmul"):
-        left = node.args[1] if node.target is aten.baddbmm.default else node.args[0]
-        return numel * _hint(value(left).shape[-1])
-    return 0
+        scores = math.prod(x[:-1]) * weight[-2]
+        return scores * (x[-1] + _sizes(node.args[2])[-1])
+    return math.prod(result) * x[-1]
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+def _sizes(node: Any) -> list[int]:
+    return [s if isinstance(s, int) else int(s.node.hint or 1) for s in value(node).shape]

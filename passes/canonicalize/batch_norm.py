@@ -1,75 +1,91 @@
-"""batch_norm(conv(x, w, b), γ, β, μ, σ²)  ->  conv(x, w · s, (b − μ) · s + β)    s = γ / √(σ² + ε)
+"""batch_norm(conv(x, w, b))  ->  conv(x, w·s, (b − mean)·s + beta)      s = gamma / √(var + eps)
 
-In eval, after a convolution or linear that nobody else reads.  The fold is float64 arithmetic in the
-graph, so a later edit of γ or of the running statistics reaches the folded weight.
+The new weight stays a value of the graph, computed in float64 from the parameters, so that a later
+edit of any of them can be folded again.  What cannot be folded stays one `batch_norm`.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from mpq_fx.graph import insert_call, is_weight, value
+from mpq_fx.passes.canonicalize.arguments import arguments_of
 
 aten = torch.ops.aten
-FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
+EVAL = aten._native_batch_norm_legit_no_training.default
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
-def fold_batch_norm(gm: GraphModule) -> int:
-    """Every foldable batch norm into the weight and bias in front of it."""
+def spell_batch_norm(gm: GraphModule) -> int:
+    """_native_batch_norm_legit_no_training(x, …)[0]  ->  batch_norm(x, …, training=False)"""
     found = 0
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.batch_norm.default or not is_foldable(node):
+    for node in gm.graph.find_nodes(op="call_function", target=EVAL):
+        items = [*node.users]
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in items):
             continue
-        producer = node.args[0]
-        w, b = folded(node, producer)
-        args = (producer.args[0], w, b, *producer.args[3:])
-        node.replace_all_uses_with(insert_call(node, producer.target, args))
+        args = (*node.args[:5], False, *node.args[5:], False)
+        norm = insert_call(node, aten.batch_norm.default, args)
+        for item in items:
+            item.replace_all_uses_with(norm)
+            gm.graph.erase_node(item)
         gm.graph.erase_node(node)
         found += 1
     return found
 
 
-def is_foldable(node: Node) -> bool:
-    producer, gamma, beta, mean, var, is_training = node.args[:6]
-    statistics = [n for n in (gamma, beta, mean, var) if n is not None]
+def fold_batch_norm(gm: GraphModule) -> int:
+    found = 0
+    for norm in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        facts = arguments_of(norm)
+        source = facts["input"]
+        if not is_foldable(source, facts):
+            continue
+        weight, bias = folded(norm, source, facts)
+        args = (source.args[0], weight, bias, *source.args[3:])
+        norm.replace_all_uses_with(insert_call(norm, source.target, args))
+        gm.graph.erase_node(norm)
+        gm.graph.erase_node(source)
+        found += 1
+    return found
+
+
+def is_foldable(source: Node, facts: dict[str, Any]) -> bool:
+    """A convolution, or a linear on rows, with constant weights, that only the norm reads."""
+    linear = source.target is aten.linear.default and value(source).ndim == 2
+    if not linear and source.target not in CONVOLUTIONS:
+        return False
+    if facts["training"] or facts["running_mean"] is None or len(source.users) != 1:
+        return False
+    operands = [*source.args[1:3], *(facts[name] for name in STATISTICS)]
+    return all(is_weight(node) for node in operands if isinstance(node, Node))
+
+
+def folded(norm: Node, source: Node, facts: dict[str, Any]) -> tuple[Node, Node]:
+    """(weight, bias) of the convolution that does both, in the dtype of its weight."""
+    gamma, beta, mean, var = (_double(norm, facts[name]) for name in STATISTICS)
+    weight, bias = source.args[1], (*source.args, None)[2]
+    dtype, ndim = value(weight).dtype, value(weight).ndim  # type: ignore[arg-type]
+    shifted = insert_call(norm, aten.add.Tensor, (var, facts["eps"]))
+    scale = insert_call(norm, aten.rsqrt.default, (shifted,))
+    scale = scale if gamma is None else insert_call(norm, aten.mul.Tensor, (scale, gamma))
+    column = insert_call(norm, aten.view.default, (scale, [-1] + [1] * (ndim - 1)))
+    scaled = insert_call(norm, aten.mul.Tensor, (_double(norm, weight), column))
+    if bias is None:
+        centered = insert_call(norm, aten.neg.default, (mean,))
+    else:
+        centered = insert_call(norm, aten.sub.Tensor, (_double(norm, bias), mean))
+    moved = insert_call(norm, aten.mul.Tensor, (centered, scale))
+    moved = moved if beta is None else insert_call(norm, aten.add.Tensor, (moved, beta))
     return (
-        not is_training
-        and isinstance(producer, Node)
-        and producer.target in FOLDABLE
-        and len(producer.users) == 1
-        and mean is not None
-        and var is not None
-        and is_weight(producer.args[1])
-        and all(map(is_weight, statistics))
-        and (producer.target is not aten.linear.default or value(producer).dim() == 2)
+        insert_call(norm, aten.to.dtype, (scaled, dtype)),
+        insert_call(norm, aten.to.dtype, (moved, dtype)),
     )
 
 
-def folded(node: Node, producer: Node) -> tuple[Node, Node]:
-    """(weight, bias) with the normalization in them, in the dtype of the weight."""
-    gamma, beta, mean, var = node.args[1:5]
-    eps, w = node.args[7], producer.args[1]
-    bias = producer.args[2] if len(producer.args) > 2 else None
-    dtype = value(w).dtype
-
-    def call(target: Any, *args: Any) -> Node:
-        return insert_call(node, target, args)
-
-    def wide(n: Any) -> Node:
-        return call(aten.to.dtype, n, torch.float64)
-
-    scale = call(aten.rsqrt.default, call(aten.add.Tensor, wide(var), eps))
-    scale = scale if gamma is None else call(aten.mul.Tensor, scale, wide(gamma))
-    column = call(aten.view.default, scale, [-1] + [1] * (value(w).dim() - 1))
-    weight = call(aten.to.dtype, call(aten.mul.Tensor, wide(w), column), dtype)
-    shift = (
-        call(aten.neg.default, wide(mean))
-        if bias is None
-        else call(aten.sub.Tensor, wide(bias), wide(mean))
-    )
-    shift = call(aten.mul.Tensor, shift, scale)
-    shift = shift if beta is None else call(aten.add.Tensor, shift, wide(beta))
-    return weight, call(aten.to.dtype, shift, dtype)
+def _double(anchor: Node, node: Any) -> Any:
+    return None if node is None else insert_call(anchor, aten.to.dtype, (node, torch.float64))

@@ -1,68 +1,78 @@
-"""conv1d, conv2d, convolution, with defaults or padding="same"  ->  conv2d(x, w, b, [s], [p], [d], groups)
+"""convolution(x, w, b, …), conv2d(x, w, padding="same")  ->  conv2d(x, w, b, [s], [p], [d], groups)
 
-All arguments are explicit lists, so that later passes read them by position; padding that differs
-at the two ends becomes a pad of its own.
+One spelling per number of dimensions, all seven arguments present, every list as long as the number
+of dimensions.  Another padding mode is already a pad in front of the convolution and stays one; so
+does the odd half of an uneven "same".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from mpq_fx.graph import insert_call, value
+from mpq_fx.passes.canonicalize.arguments import arguments_of
 
 aten = torch.ops.aten
-TARGETS = {1: aten.conv1d.default, 2: aten.conv2d.default}
-NAMED_PADDING = (aten.conv1d.padding, aten.conv2d.padding)
-PLAIN = (aten.conv1d.default, aten.conv2d.default, aten.convolution.default)
+CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+SPELLINGS = (
+    *CONVOLUTIONS.values(),
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
 
 
-def canonicalize_convolution(gm: GraphModule) -> int:
-    """One spelling of every forward 1-d and 2-d convolution."""
+def spell_convolutions(gm: GraphModule) -> int:
     found = 0
     for node in list(gm.graph.nodes):
-        if node.target not in (*PLAIN, *NAMED_PADDING) or value(node).dim() not in (3, 4):
+        if node.target not in SPELLINGS:
             continue
-        args = arguments(node)
-        dims = value(node).dim() - 2
-        if args is None or (node.target is TARGETS[dims] and args == list(node.args)):
+        facts = arguments_of(node)
+        target, args = canonical(node, facts)
+        if facts.get("transposed") or (node.target is target and _same(node, args)):
             continue
-        conv = insert_call(node, TARGETS[dims], tuple(args))
-        node.replace_all_uses_with(conv)
+        node.replace_all_uses_with(insert_call(node, target, args))
         gm.graph.erase_node(node)
         found += 1
     return found
 
 
-def arguments(node: Node) -> list[Any] | None:
-    """[x, w, b, stride, padding, dilation, groups] of any spelling; None for a transposed one."""
-    dims = value(node).dim() - 2
-    if node.target is aten.convolution.default:
-        x, w, b, stride, padding, dilation, is_transposed, _, groups = node.args
-        return None if is_transposed else [x, w, b, [*stride], [*padding], [*dilation], groups]
-    defaults: list[Any] = [None, None, None, 1, 0, 1, 1]
-    x, w, b, stride, padding, dilation, groups = [*node.args, *defaults[len(node.args) :]]
-    stride, dilation = full(stride, dims), full(dilation, dims)
+def canonical(node: Node, facts: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The op and its seven arguments."""
+    kernel = [int(size) for size in value(facts["weight"]).shape[2:]]
+    count = len(kernel)
+    stride, dilation = (spread(facts[key], count) for key in ("stride", "dilation"))
+    x, padding = facts["input"], facts["padding"]
     if isinstance(padding, str):
-        x, padding = padded(node, x, padding, dilation)
-    return [x, w, b, stride, full(padding, dims), dilation, groups]
+        x, padding = resolve(node, x, padding, kernel, dilation)
+    else:
+        padding = spread(padding, count)
+    args = (x, facts["weight"], facts["bias"], stride, padding, dilation, facts["groups"])
+    return CONVOLUTIONS[count], args
 
 
-def full(sizes: Any, dims: int) -> list[Any]:
-    """One number for all dimensions, or one each."""
-    sizes = [sizes] if not isinstance(sizes, (list, tuple)) else [*sizes]
-    return sizes * dims if len(sizes) == 1 else sizes
+def spread(given: int | Sequence[int], count: int) -> list[int]:
+    listed = [given] if isinstance(given, int) else list(given)
+    return listed * count if len(listed) == 1 else listed
 
 
-def padded(node: Node, x: Any, padding: str, dilation: list[int]) -> tuple[Any, list[int]]:
-    """ "same" and "valid" as numbers; an odd total puts the extra element at the end."""
+def resolve(
+    node: Node, x: Any, padding: str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[Any, list[int]]:
+    """ "same": (k - 1)·d zeros in all, the odd one at the end, by a pad of its own."""
     if padding == "valid":
-        return x, [0] * len(dilation)
-    kernel = value(node.args[1]).shape[2:]
-    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return x, [0] * len(kernel)
+    totals = [(size - 1) * step for size, step in zip(kernel, dilation, strict=True)]
     if any(total % 2 for total in totals):
-        ends = [side for total in reversed(totals) for side in (0, total % 2)]
-        x = insert_call(node, aten.constant_pad_nd.default, (x, ends))
+        ends = [end for total in reversed(totals) for end in (0, total % 2)]
+        x = insert_call(node, aten.constant_pad_nd.default, (x, ends, 0))
     return x, [total // 2 for total in totals]
+
+
+def _same(node: Node, args: tuple[Any, ...]) -> bool:
+    return not node.kwargs and len(node.args) == 7 and [*map(str, node.args)] == [*map(str, args)]

@@ -1,4 +1,4 @@
-"""op(x, pack(quantize(w)))  ->  op(x, constant)    constant = pack(quantize(w)), owned and refreshed
+"""op(x, pack(quantize(w)))  ->  op(x, constant)    constant = pack(quantize(w)), refreshed in place
 
 Everything a lowered graph computes from weights alone becomes a buffer; how to compute it again
 stays behind as a Recipe, so that an edited weight updates only its own constants, in place.
@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from mpq_fx.graph import clone, placeholders
 
+INLINED = 8  # Inductor writes vectors up to this size into its code, where no refresh reaches them
 aten = torch.ops.aten
 # A chain of nothing but these is a view of the live weight: free, and never stale.
 VIEWS = frozenset(
@@ -56,10 +57,11 @@ class Folded:
     gm: GraphModule  # buffers named by the recipes; placeholders: `live` only
     recipes: tuple[Recipe, ...]
     live: tuple[int, ...]  # positions, among the original placeholders, still read
+    passed: tuple[str, ...]  # constants passed as arguments behind those, see INLINED
 
 
 def fold_constants(gm: GraphModule, parameters: Mapping[str, Tensor]) -> Folded:
-    """Split a graph into what depends on weights alone and the rest; computes the constants once."""
+    """Take out what depends on weights alone, and compute it once."""
     merge_equal(gm.graph, constant_nodes(gm, parameters))
     constant = constant_nodes(gm, parameters)
     roots = [n for n in gm.graph.nodes if n in constant and _is_root(n, constant)]
@@ -74,7 +76,8 @@ def fold_constants(gm: GraphModule, parameters: Mapping[str, Tensor]) -> Folded:
         buffer.meta.update(node.meta)
         node.replace_all_uses_with(buffer)
     folded.graph.eliminate_dead_code()
-    return Folded(folded, recipes, _drop_unused_inputs(folded))
+    live = _drop_unused_inputs(folded)
+    return Folded(folded, recipes, live, _pass_small(folded, recipes))
 
 
 def evaluate(
@@ -156,6 +159,21 @@ def _owned(tensor: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         return tensor
     storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
     return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+
+
+def _pass_small(gm: GraphModule, recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """Small constants become arguments, since Inductor would write their values into its code."""
+    names = {r.name for r in recipes if getattr(gm, r.name).numel() <= INLINED}
+    nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target in names]
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for node in nodes:
+        with gm.graph.inserting_before(first):
+            argument = gm.graph.placeholder(str(node.target))
+        argument.meta.update(node.meta)
+        node.replace_all_uses_with(argument)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return tuple(str(node.target) for node in nodes)
 
 
 def _drop_unused_inputs(gm: GraphModule) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """graph over owned constants  ->  one compiled callable, by Inductor with freezing
 
-Freezing is what lets Inductor see constants as constants; since every weight was packed before, it has
-nothing left to fold or re-pack, and the constants keep their identity: they are refreshed in place.
+Freezing is what lets Inductor see constants as constants; since every weight was packed before, it
+has nothing left to fold or re-pack, and the constants keep their identity: refreshed in place.
+max_autotune stays off: its matmul templates copy the weight into a layout of their own at compile
+time, where no refresh reaches it.
 """
 
 from __future__ import annotations
@@ -12,12 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-SETTINGS: dict[str, Any] = {
-    "freezing": True,
-    "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP,ATEN",
-    "max_autotune_report_choices_stats": False,
-}
+SETTINGS: dict[str, Any] = {"freezing": True}
 
 
 def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

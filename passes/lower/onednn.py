@@ -1,4 +1,4 @@
-"""mpq::linear, mpq::conv, float linear and conv  ->  oneDNN ops on packed constants; the rest by Inductor
+"""mpq::linear, mpq::conv, float linear and conv  ->  oneDNN ops on packed constants
 
 static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
 dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
@@ -20,7 +20,8 @@ from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu
-from mpq_fx.passes.lower.fuse import Tail, tail_of
+from mpq_fx.passes.lower.constants import INLINED
+from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
 from mpq_fx.passes.lower.inductor import compile_frozen
 from mpq_fx.passes.lower.onednn_cost import measure
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, scalar
@@ -34,10 +35,9 @@ STATIC = Choice("int8", "uint8_tensor", "static")
 STATIC7 = Choice("int8", "int7_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
 WEIGHT = Choice("int8", "bfloat16")
-WEIGHT4 = Choice("int4_g32", "bfloat16")
 
 CHOICES = {
-    "linear": (BF16, STATIC, DYNAMIC, STATIC7),
+    "linear": (BF16, STATIC, DYNAMIC, STATIC7, WEIGHT),
     "conv": (BF16, STATIC, STATIC7),
     "embedding": (BF16, Choice("int8", "float32")),
     "matmul": (BF16,),
@@ -46,7 +46,8 @@ CHOICES = {
 }
 
 
-INLINED = 8  # Inductor writes vectors up to this size into its code, where no refresh reaches
+QLINEAR = "onednn.qlinear_pointwise"
+FEW_ROWS = 4  # up to here int8 weights alone beat bfloat16; above it they are several times slower
 
 
 def unavailable() -> str:
@@ -64,60 +65,61 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield "int8 × int8 saturates silently on a CPU without VNNI; int7 activations do not"
     if choice.activation == "int7_tensor" and cpu.has("vnni"):
         yield "this CPU multiplies int8 exactly, so 7-bit codes only lose accuracy"
+    if choice == WEIGHT and rows_of(site) > FEW_ROWS:
+        yield f"int8 weights alone pay for up to {FEW_ROWS} rows, and a call has {rows_of(site)}"
     if choice.weight == "bfloat16" and not cpu.has("avx512"):
         yield "bfloat16 is emulated on a CPU without AVX-512"
+
+
+def rows_of(site: Site) -> int:
+    """Rows of the activation, at the sizes of a call; a symbolic size counts as many."""
+    sizes = [size if isinstance(size, int) else FEW_ROWS + 1 for size in site.input_shape[:-1]]
+    return math.prod(sizes)
 
 
 def lower(gm: GraphModule) -> Kernels:
     """Replace every site by its callee; weights stay values, to be folded into owned constants."""
     kernels: Kernels = {}
     for node in list(gm.graph.nodes):
-        rule = RULES.get(node.target)
-        if rule is not None:
-            tail = tail_of(node) if node.target in FUSING else Tail(last=node)
-            result, callee = rule(gm, node, tail) if node.target in FUSING else rule(gm, node)
-            tail.last.replace_all_uses_with(result)
-            erase_chain(tail.last, node)
-            kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
+        if node.target not in RULES:
+            continue
+        rule, find_tail, posts = RULES[node.target]
+        tail = find_tail(node, posts)
+        result, callee = rule(gm, node, tail)
+        dtype = value(tail.last).dtype
+        tail.last.replace_all_uses_with(cast_to(node, result, dtype))
+        erase_chain(tail.last, node)
+        kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
     decompose_quantize(gm)
     remove_dead(gm)
     return kernels
 
 
-def lower_linear(gm: GraphModule, node: Node) -> tuple[Node, str]:
-    """Integer linear: the sum of products by oneDNN, scales in it or behind it."""
-    x, sx, zx, w, sw, zw, bias, x_name, w_name, dtype = node.args
+def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+    """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
+    x, sx, zx, w, sw, zw, bias, x_name, _, dtype = node.args
     if format_named(x_name).is_float:
-        return _weight_only(node, x, w, sw, zw, bias, w_name, dtype)
+        return _weight_only(node, x, w, sw, bias)
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
-    sw = insert_call(node, aten.reshape.default, (sw, [-1]))
-    zw = insert_call(node, aten.reshape.default, (zw, [-1]))
+    weight = (packed, flat(node, sw), flat(node, zw))
     if sx.op == "get_attr":
-        zero = int(scalar(gm, zx))
-        y = _qlinear(node, x, scalar(gm, sx), zero, packed, sw, zw, owned(node, bias), dtype)
-        return y, "onednn.qlinear_pointwise"
-    y = _qlinear(node, x, 1.0, 0, packed, sw, zw, None, torch.float32)
+        scales = (scalar(gm, sx), int(scalar(gm, zx)))
+        output = output_of(gm, tail, dtype)
+        return _qlinear(node, x, scales, weight, owned(node, bias), output, tail.post), QLINEAR
+    y = _qlinear(node, x, (1.0, 0), weight, None, (1.0, 0, torch.float32), Post())
     y = insert_call(node, aten.mul.Tensor, (y, sx))
-    if bias is not None:
-        y = insert_call(node, aten.add.Tensor, (y, bias))
-    return cast_to(node, y, dtype), "onednn.qlinear_pointwise"
+    return (y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))), QLINEAR
 
 
 def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, _, _, dtype) = node.args
-    scale, zero, out_scale, out_zero = scalar(gm, sx), int(scalar(gm, zx)), 1.0, 0
-    if tail.quantize is not None:
-        _, so, zo, name = tail.quantize.args
-        out_scale, out_zero, dtype = scalar(gm, so), int(scalar(gm, zo)), format_named(name).dtype
-    sw = insert_call(node, aten.reshape.default, (sw, [-1]))
-    zw = insert_call(node, aten.reshape.default, (zw, [-1]))
+    scale, zero = scalar(gm, sx), int(scalar(gm, zx))
+    out_scale, out_zero, out_dtype = output_of(gm, tail, dtype)
+    scales, window = flat(node, sw), (stride, padding, dilation, groups)
     shape = [hint(size) for size in value(x).shape]
     packed = pack(
-        node,
-        onednn.qconv_prepack.default,
-        (w, sw, scale, zero, stride, padding, dilation, groups, shape),
-        value(w),
+        node, onednn.qconv_prepack.default, (w, scales, scale, zero, *window, shape), value(w)
     )
     y = insert_call(
         node,
@@ -127,50 +129,50 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
             scale,
             zero,
             packed,
-            sw,
-            zw,
+            scales,
+            flat(node, zw),
             owned(node, bias),
-            stride,
-            padding,
-            dilation,
-            groups,
+            *window,
             out_scale,
             out_zero,
-            dtype,
-            tail.post,
-            [*tail.scalars],
+            out_dtype,
+            tail.post.name,
+            [*tail.post.scalars],
             "",
         ),
     )
     return y, "onednn.qconv_pointwise"
 
 
-def lower_embedding(gm: GraphModule, node: Node) -> tuple[Node, str]:
+def output_of(gm: GraphModule, tail: Tail, dtype: torch.dtype) -> tuple[float, int, torch.dtype]:
+    """(scale, zero, dtype) of a kernel's result: the next site's codes, or plain floats."""
+    if tail.quantize is None:
+        return 1.0, 0, dtype
+    _, scale, zero, name = tail.quantize.args
+    return scalar(gm, scale), int(scalar(gm, zero)), format_named(name).dtype
+
+
+def lower_embedding(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Gather codes and scales of the rows, multiply."""
-    indices, w, sw, _, name, dtype = node.args
-    assert format_named(name).symmetric
+    indices, w, sw, _, name, _ = node.args
+    assert format_named(name).symmetric, f"{name} has a zero point"
     codes = insert_call(node, aten.embedding.default, (w, indices))
     scales = insert_call(node, aten.embedding.default, (sw, indices))
-    y = insert_call(
-        node, aten.mul.Tensor, (insert_call(node, CAST, (codes, torch.float32)), scales)
-    )
-    return cast_to(node, y, dtype), "inductor gather"
+    wide = insert_call(node, CAST, (codes, torch.float32))
+    return insert_call(node, aten.mul.Tensor, (wide, scales)), "inductor gather"
 
 
-def lower_float_linear(gm: GraphModule, node: Node) -> tuple[Node, str]:
+def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """float32 or bfloat16 on a packed weight."""
     x, w, bias = (*node.args, None)[:3]
-    if value(w).shape[0] <= INLINED or value(x).dtype != value(w).dtype:
-        return insert_call(node, node.target, node.args), "inductor"
     rows = math.prod(hint(size) for size in value(x).shape[:-1])
     packed = pack(node, mkldnn._reorder_linear_weight.default, (w, rows), value(w))
-    y = insert_call(
-        node, mkldnn._linear_pointwise.default, (x, packed, owned(node, bias), "none", [], "")
-    )
-    return y, "mkldnn._linear_pointwise"
+    post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
+    args = (x, packed, owned(node, bias), *post)
+    return insert_call(node, mkldnn._linear_pointwise.default, args), "mkldnn._linear_pointwise"
 
 
-def lower_float_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
+def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     x, w, bias, stride, padding, dilation, groups = node.args
     shape = [hint(size) for size in value(x).shape]
     packed = pack(
@@ -179,21 +181,36 @@ def lower_float_conv(gm: GraphModule, node: Node) -> tuple[Node, str]:
         (w, padding, stride, dilation, groups, shape),
         value(w),
     )
-    y = insert_call(
-        node,
-        mkldnn._convolution_pointwise.default,
-        (x, packed, owned(node, bias), padding, stride, dilation, groups, "none", [], ""),
-    )
+    post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
+    args = (x, packed, owned(node, bias), padding, stride, dilation, groups, *post)
+    y = insert_call(node, mkldnn._convolution_pointwise.default, args)
     return y, "mkldnn._convolution_pointwise"
 
 
-FUSING = (mpq.conv.default,)  # callees that take over what follows them
-RULES: dict[Any, Callable[..., tuple[Node, str]]] = {
-    mpq.linear.default: lower_linear,
-    mpq.conv.default: lower_conv,
-    mpq.embedding.default: lower_embedding,
-    aten.linear.default: lower_float_linear,
-    aten.conv2d.default: lower_float_conv,
+def integer_tail(node: Node, posts: frozenset[str]) -> Tail:
+    """A kernel that scales outside (dynamic, weight-only) takes nothing over."""
+    is_static = node.args[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
+    return tail_of(node, posts) if is_static else Tail(node)
+
+
+def _formats(node: Node) -> tuple[str, str]:
+    names = [arg for arg in node.args if isinstance(arg, str)]
+    return names[0], names[1]
+
+
+def as_is(node: Node, posts: frozenset[str]) -> Tail:
+    return Tail(node)
+
+
+LINEAR_POSTS = frozenset({"relu", "gelu"})
+CONV_POSTS = frozenset({"relu", "hardtanh"})
+RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], frozenset[str]]] = {
+    mpq.linear.default: (lower_linear, integer_tail, LINEAR_POSTS),
+    mpq.conv.default: (lower_conv, integer_tail, CONV_POSTS),
+    mpq.embedding.default: (lower_embedding, as_is, frozenset()),
+    aten.linear.default: (lower_float_linear, float_tail_of, LINEAR_POSTS),
+    aten.conv1d.default: (lower_float_conv, float_tail_of, CONV_POSTS),
+    aten.conv2d.default: (lower_float_conv, float_tail_of, CONV_POSTS),
 }
 
 
@@ -208,7 +225,7 @@ def erase_chain(last: Node, first: Node) -> None:
 
 
 def pack(anchor: Node, target: Any, args: tuple[Any, ...], logical: torch.Tensor) -> Node:
-    """A call that packs a weight; packing has no fake, so its value is that of the logical weight."""
+    """A call that packs a weight; packing has no fake, so its value is the logical weight's."""
     with anchor.graph.inserting_before(anchor):
         node = anchor.graph.call_function(target, args)
     node.meta["val"] = logical
@@ -227,34 +244,33 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint
 
 
+def flat(anchor: Node, rows: Node) -> Node:
+    """[N, 1] -> [N]: oneDNN takes one scale and one zero point per output as vectors."""
+    return insert_call(anchor, aten.reshape.default, (rows, [-1]))
+
+
 def _qlinear(
     node: Node,
     x: Any,
-    scale: float,
-    zero: int,
-    packed: Node,
-    sw: Node,
-    zw: Node,
+    scales: tuple[float, int],
+    weight: tuple[Node, Node, Node],
     bias: Any,
-    dtype: torch.dtype,
+    output: tuple[float, int, torch.dtype],
+    post: Post,
 ) -> Node:
-    return insert_call(
-        node,
-        onednn.qlinear_pointwise.default,
-        (x, scale, zero, packed, sw, zw, bias, 1.0, 0, dtype, "none", [], "none"),
-    )
+    tail = (post.name, [*post.scalars], post.algorithm)
+    args = (x, *scales, *weight, bias, *output, *tail)
+    return insert_call(node, onednn.qlinear_pointwise.default, args)
 
 
-def _weight_only(
-    node: Node, x: Any, w: Node, sw: Node, zw: Node, bias: Any, name: str, dtype: torch.dtype
-) -> tuple[Node, str]:
-    """x · (codes · scale): the weight is widened on every call, which pays where memory binds."""
-    codes = insert_call(node, CAST, (w, torch.float32))
-    wide = cast_to(node, insert_call(node, aten.mul.Tensor, (codes, sw)), value(x).dtype)
-    if bias is not None:
-        bias = cast_to(node, bias, value(x).dtype)
-    y = insert_call(node, aten.linear.default, (x, wide, bias))
-    return cast_to(node, y, dtype), "aten.linear on a widened weight"
+def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Node, str]:
+    """x · (codes · scale) for a few rows: the codes are read once and widened in registers."""
+    rows = insert_call(node, aten.reshape.default, (x, [-1, value(x).shape[-1]]))
+    scales = cast_to(node, flat(node, sw), value(x).dtype)
+    y = insert_call(node, aten._weight_int8pack_mm.default, (rows, w, scales))
+    y = insert_call(node, aten.reshape.default, (y, [*value(x).shape[:-1], value(w).shape[0]]))
+    y = y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))
+    return y, "aten._weight_int8pack_mm"
 
 
 ONEDNN = Target(

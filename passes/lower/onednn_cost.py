@@ -49,7 +49,8 @@ def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     if choice.scaling == "none":
         dtype = getattr(torch, choice.activation)
         if choice.weight != choice.activation:
-            return _dequantizing(x.to(dtype), w.to(torch.int8), dtype)
+            codes, scales = w.to(torch.int8), torch.ones(n, dtype=dtype)
+            return lambda: aten._weight_int8pack_mm(x.to(dtype), codes, scales)
         packed = mkldnn._reorder_linear_weight(w.to(dtype), x.shape[0])
         args = (x.to(dtype), packed, bias.to(dtype), "none", [], "")
         return lambda: mkldnn._linear_pointwise(*args)
@@ -141,10 +142,6 @@ def embedding(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     w = torch.zeros(site.weight_shape, dtype=getattr(torch, choice.weight))
     rows = torch.randint(0, w.shape[0], [int(size) for size in site.input_shape])
     return lambda: aten.embedding(w, rows)
-
-
-def _dequantizing(x: Tensor, w: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
-    return lambda: aten.linear(x, w.to(dtype))
 
 
 KERNELS = {

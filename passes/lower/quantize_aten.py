@@ -1,4 +1,4 @@
-"""mpq::quantize(x)  ->  clamp(round(x / scale) + zero).to(int8)  in ATen, which Inductor fuses anywhere
+"""mpq::quantize(x)  ->  clamp(round(x / scale) + zero).to(int8)  in ATen, for Inductor to fuse
 
 The same arithmetic in the same order as numerics.quantize, so the codes are the same bit for bit.
 """

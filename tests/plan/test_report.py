@@ -147,6 +147,7 @@ def test_json_has_all_of_it(report, bert):
     assert found["graphs"][1] == {
         "label": "graph 1",
         "plan": None,
+        "rows": [],
         "steps": [],
         "reason": "training graph: float",
     }

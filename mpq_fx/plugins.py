@@ -1,0 +1,107 @@
+"""entry points mpq_fx.{formats,passes,metrics,solvers,kernels,targets}  ->  tables of names
+
+An entry point's name is the name in the table.  Names are read from the metadata of installed
+packages, all at once, so that a clash is found before anything is imported; a plug-in is imported
+when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from mpq_fx.errors import ConfigError, PluginError
+
+GROUPS = ("formats", "passes", "metrics", "solvers", "kernels", "targets")
+T = TypeVar("T")
+
+
+class Catalog(Mapping[str, T], Generic[T]):
+    """name -> object: what mpq-fx has, then what installed packages add to it."""
+
+    def __init__(self, group: str, own: Mapping[str, T]) -> None:
+        assert group in GROUPS, group
+        self._group, self._own, self._names = group, dict(own), frozenset(own)
+
+    def __getitem__(self, name: str) -> T:
+        added = self._added()
+        return self._own[name] if name in self._own else loaded(added[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._own, *self._added()))
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._added())
+
+    def __contains__(self, name: object) -> bool:
+        """Known by name; whether a plug-in can be imported is seen when it is used."""
+        return name in self._own or name in self._added()
+
+    def named(self, name: str) -> T:
+        """self[name], or ConfigError with the nearest name there is."""
+        from mpq_fx.config import nearest
+
+        if name not in self:
+            raise ConfigError(
+                f"{name!r} is none of the {self._group}", fix=nearest(str(name), [*self])
+            )
+        return self[name]
+
+    def _added(self) -> Mapping[str, EntryPoint]:
+        return declared(self._group, self._names)
+
+
+def load(group: str) -> Mapping[str, Any]:
+    """{name: object} of every plug-in of a group, by name; the table without what mpq-fx has."""
+    return {name: loaded(entry) for name, entry in declared(group, frozenset()).items()}
+
+
+@cache
+def declared(group: str, own: frozenset[str]) -> Mapping[str, EntryPoint]:
+    """What packages declare, by name; PluginError where two of them, or mpq-fx, claim one name."""
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=f"mpq_fx.{group}"), key=lambda e: (e.name, package(e))):
+        holder = "mpq-fx" if entry.name in own else None
+        if entry.name in found:
+            holder = package(found[entry.name])
+        if holder is not None:
+            raise PluginError(
+                f"{holder} and {package(entry)} both name {entry.name!r} in mpq_fx.{group}",
+                fix=f"pip uninstall {package(entry)}, or rename it there",
+            )
+        found[entry.name] = entry
+    return found
+
+
+@cache
+def loaded(entry: EntryPoint) -> Any:
+    """The object behind an entry point; PluginError says whose it is and why it cannot be had."""
+    try:
+        found = entry.load()
+    except Exception as error:  # code of somebody else: anything may happen
+        raise PluginError(
+            f"the plug-in {entry.name!r} of {package(entry)} cannot be loaded: "
+            f"{type(error).__name__}: {error}",
+            at=f"{entry.group}: {entry.value}",
+            fix=f"pip install --upgrade {package(entry)}, or uninstall it",
+        ) from error
+    if getattr(found, "name", entry.name) != entry.name:
+        raise PluginError(
+            f"{package(entry)} declares {entry.name!r}, which calls itself {found.name!r}",
+            at=f"{entry.group}: {entry.value}",
+            fix="one name for both",
+        )
+    return found
+
+
+def package(entry: EntryPoint) -> str:
+    """The distribution that declares an entry point."""
+    return entry.dist.name if entry.dist is not None else "a package without metadata"
+
+
+def forget() -> None:
+    """Read the installed packages anew: for tests, and after an installation into a running process."""
+    declared.cache_clear()
+    loaded.cache_clear()

@@ -1,0 +1,110 @@
+"""Never worse: the plan is raced against float and uniform plans, all lowered equally well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mpq_fx
+from mpq_fx import passes, settle
+from mpq_fx.numerics import relative_rms
+from mpq_fx.passes.lower.reference import REFERENCE
+from mpq_fx.verify import MARGIN, Timing
+
+VARIANTS = {"plan", "inductor float", "all float", "all bfloat16", "all int8"}
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """The reference as a timed target, and a race whose times the test sets."""
+    monkeypatch.setattr(passes, "TARGETS", (replace(REFERENCE, is_timed=True),))
+    times: dict[str, float] = {}
+    ran: list[str] = []
+
+    def fake(variants):
+        for call in variants.values():
+            call()
+        ran.extend(variants)
+        return {name: Timing(times.get(name, 10.0), 0.0, 0.0) for name in variants}
+
+    monkeypatch.setattr(settle, "race", fake)
+    return times, ran
+
+
+@pytest.fixture
+def tuned(world, race):
+    def tune(**times):
+        race[0].update({name.replace("_", " "): ms for name, ms in times.items()})
+        model = world.Net().eval()
+        batches = [world.batch(k) for k in range(4)]
+        config = world.config(tolerance=0.5)
+        return mpq_fx.tune(model, batches, config=config, progress=False)
+
+    return tune
+
+
+def test_the_plan_races_float_and_every_uniform_plan(isolated, tuned, race):
+    plan = tuned()
+    assert set(race[1]) == VARIANTS
+    assert plan.winner == "plan"
+    assert set(plan.latency_ms) == VARIANTS
+    assert set(plan.errors) == VARIANTS
+
+
+@pytest.mark.parametrize("name", ["all_int8", "all_bfloat16", "inductor_float"])
+def test_a_simpler_plan_that_is_clearly_faster_runs_and_the_notes_say_so(isolated, tuned, name):
+    plan = tuned(**{name: 8.0})
+    assert plan.winner == name.replace("_", " ")
+    assert any("so it runs" in note for note in plan.notes)
+    rows = {row.choice for row in plan.ledger if row.site.op == "linear"}
+    if name == "inductor_float":
+        assert rows == {"float32"}
+        assert plan.error == 0.0
+    elif name == "all_bfloat16":
+        assert rows == {"bfloat16"}
+    else:
+        assert all(row.startswith("int8") for row in rows)
+
+
+def test_less_than_the_margin_is_no_reason_to_change(isolated, tuned):
+    assert tuned(all_int8=10.0 * (1 - MARGIN / 2)).winner == "plan"
+
+
+def test_a_faster_plan_above_the_tolerance_is_not_raced(isolated, world, race):
+    race[0]["all int8"] = 1.0
+    batches = [world.batch(k) for k in range(4)]
+    config = world.config(tolerance=0.002)
+    plan = mpq_fx.tune(world.Net().eval(), batches, config=config, progress=False)
+    assert plan.errors["all int8"] > plan.tolerance
+    assert "all int8" not in race[1]
+    assert plan.winner != "all int8"
+
+
+@pytest.mark.onednn
+def test_on_the_cpu_what_runs_is_the_fastest_that_is_allowed(isolated, world):
+    class Wide(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256)
+            )
+
+        def forward(self, x):
+            return self.net(x)
+
+    model = Wide()
+    compiled = torch.compile(
+        model.eval(), backend="mpq", options={"calibration_calls": 3, "tolerance": 0.1}
+    )
+    x = torch.randn(64, 256)
+    with torch.inference_mode():
+        for scale in (1.0, 0.9, 1.1):
+            compiled(x * scale)
+        (binding,) = world.bindings(compiled)
+        plan = binding.plan
+        assert "inductor float" in plan.latency_ms
+        best = min(plan.latency_ms.values())
+        assert plan.latency_ms[plan.winner] <= best / (1 - MARGIN) + 1e-9
+        assert relative_rms(compiled(x), model(x)) <= 0.11

@@ -1,0 +1,203 @@
+"""Plug-ins: packages found by their entry points; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from textwrap import dedent
+
+import pytest
+import torch
+from torch import nn
+
+import mpq_fx
+from mpq_fx import plugins
+from mpq_fx.errors import ConfigError, PluginError
+from mpq_fx.formats import FORMATS, format_named
+from mpq_fx.passes import CANONICALIZE, METRICS, after, canonicalization, target_named, targets
+from mpq_fx.passes.allocate import SOLVERS
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A distribution as pip leaves it: a module, METADATA and entry_points.txt on sys.path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = []
+
+    def write(package: str, code: str, **groups: str) -> None:
+        (tmp_path / f"{package}.py").write_text(
+            "from __future__ import annotations\n" + dedent(code)
+        )
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"[mpq_fx.{group}]\n{line}\n" for group, line in groups.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        modules.append(package)
+        plugins.forget()
+
+    yield write
+    for module in modules:
+        sys.modules.pop(module, None)
+    monkeypatch.undo()
+    plugins.forget()
+
+
+FORMAT = """
+    from mpq_fx.formats import Format, Int
+    import torch
+    int6 = Format("int6", Int(6), scale=torch.float32)
+"""
+
+
+def test_a_format_of_a_package_stands_in_the_table(install):
+    install("tiny_format", FORMAT, formats="int6 = tiny_format:int6")
+    assert format_named("int6").element.bits == 6
+    assert [*FORMATS][-1] == "int6"
+    assert len(FORMATS) == len([*FORMATS])
+    assert mpq_fx.Config(formats=["int6"]).formats == {"*": ("int6",)}
+
+
+def test_without_plug_ins_only_what_mpq_has_is_there():
+    assert "int6" not in FORMATS
+    assert not any(plugins.load(group) for group in plugins.GROUPS)
+    assert canonicalization() == CANONICALIZE
+
+
+def test_a_plug_in_is_imported_when_it_is_used_and_once(install):
+    install("tiny_format", FORMAT, formats="int6 = tiny_format:int6")
+    assert "int6" in FORMATS
+    assert format_named("int8").name == "int8"
+    assert "tiny_format" not in sys.modules
+    assert FORMATS["int6"] is FORMATS["int6"]
+    assert "tiny_format" in sys.modules
+
+
+def test_two_packages_with_one_name_are_both_named(install):
+    install("tiny_one", FORMAT, formats="int6 = tiny_one:int6")
+    install("tiny_two", FORMAT, formats="int6 = tiny_two:int6")
+    with pytest.raises(PluginError, match="tiny_one and tiny_two both name 'int6'"):
+        format_named("int8")
+    assert not {"tiny_one", "tiny_two"} & set(sys.modules)
+
+
+def test_a_name_that_mpq_has_cannot_be_taken(install):
+    install("tiny_thief", FORMAT, formats="int8 = tiny_thief:int6")
+    with pytest.raises(PluginError, match="mpq-fx and tiny_thief both name 'int8'"):
+        format_named("float32")
+
+
+def test_a_plug_in_under_a_name_that_is_not_its_own_is_refused(install):
+    install("tiny_alias", FORMAT, formats="six = tiny_alias:int6")
+    with pytest.raises(PluginError, match="declares 'six', which calls itself 'int6'"):
+        format_named("six")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module_anywhere", "ModuleNotFoundError: No module named"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "AttributeError"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_loaded_says_whose_it_is(install, code, reason):
+    install("tiny_broken", code, formats="int6 = tiny_broken:int6")
+    assert format_named("int8").name == "int8", "what is not used does no harm"
+    with pytest.raises(PluginError, match=f"'int6' of tiny_broken cannot be loaded: {reason}"):
+        format_named("int6")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(install):
+    install("tiny_metric", "def fisher(): ...", metrics="fisher = tiny_metric:fisher")
+    with pytest.raises(ConfigError, match="did you mean 'fisher'"):
+        METRICS.named("fischer")
+
+
+def test_solvers_and_targets_are_merged(install):
+    code = """
+        from dataclasses import replace
+        from mpq_fx.passes.allocate import cp_sat
+        from mpq_fx.passes.lower.reference import REFERENCE
+        solve = cp_sat.solve
+        mirror = replace(REFERENCE, name="mirror")
+    """
+    install("tiny_more", code, solvers="again = tiny_more:solve", targets="mirror=tiny_more:mirror")
+    assert SOLVERS["again"] is SOLVERS["cp_sat"]
+    assert target_named("mirror").name == "mirror"
+    assert [*targets()][-1] == "mirror"
+    assert target_named("auto").name != "mirror", "a target of a plug-in is asked for by name"
+
+
+PASS = """
+    import torch
+    from mpq_fx.passes import after
+
+    def remove_double_negation(gm):
+        found = 0
+        for outer in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.neg.default):
+            (inner,) = outer.args
+            if inner.target is not outer.target:
+                continue
+            outer.replace_all_uses_with(inner.args[0])
+            found += 1
+        return found
+
+    def place(passes):
+        return after(passes, "fold_batch_norm", remove_double_negation)
+"""
+
+
+def test_a_pass_puts_itself_by_name(install):
+    install("tiny_pass", PASS, passes="double_negation = tiny_pass:place")
+    names = [p.__name__ for p in canonicalization()]
+    assert names[names.index("fold_batch_norm") + 1] == "remove_double_negation"
+    assert len(names) == len(CANONICALIZE) + 1
+
+
+def test_a_pass_behind_nothing_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'fold_batch_norm'"):
+        after(CANONICALIZE, "fold_batchnorm", lambda gm: 0)
+
+
+KERNEL = """
+    import torch
+    from mpq_fx.graph import insert_call
+    from mpq_fx.passes.lower.kernel import Kernel
+
+    CALLS = []
+
+    @torch.library.custom_op("tiny::linear", mutates_args=())
+    def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        CALLS.append(x.shape)
+        return torch.nn.functional.linear(x, w, b)
+
+    @linear.register_fake
+    def _(x, w, b):
+        return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+    def refuse(node):
+        if node.args[1].meta["val"].shape[0] != 32:
+            yield "only 32 outputs"
+
+    def lower(gm, node):
+        return insert_call(node, torch.ops.tiny.linear.default, node.args)
+
+    tiny = Kernel("reference", torch.ops.aten.linear.default, refuse, lower)
+"""
+
+
+def test_a_kernel_takes_what_it_does_not_refuse(install, isolated):
+    install("tiny_kernel", KERNEL, kernels="tiny = tiny_kernel:tiny")
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    options = {"target": "reference", "calibration_calls": 3, "formats": ["float32"]}
+    compiled = torch.compile(model, backend="mpq", options=options)
+    with torch.inference_mode():
+        for _ in range(4):
+            x = torch.randn(4, 16)
+            assert torch.allclose(compiled(x), model(x))
+    report = mpq_fx.explain(compiled)
+    assert {row.site.name: row.kernel for row in report.rows} == {"0": "tiny", "2": ""}
+    calls = sys.modules["tiny_kernel"].CALLS
+    assert calls, "the callee in the final graph runs"
+    assert set(calls) == {(4, 16)}
+    assert target_named("cpu").lower.__qualname__ == "lower", "other targets stay as they are"
