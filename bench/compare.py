@@ -1,8 +1,8 @@
 """A model and a batch -> a Row per variant: one process each, asked in turn.
 
-    python bench/compare.py bert-base --batch 1           the protocol: both phases
-    python bench/compare.py --save --phase rivals vit-small   what sets mpq's tolerance
-    python bench/compare.py --save --phase rest vit-small     the others, with that tolerance
+    python bench/compare.py bert-base --batch 1                   the protocol: all three phases
+    python bench/compare.py --save --phase rivals vit-small       what sets mpq's tolerance
+    python bench/compare.py --save --phase mpq vit-small          mpq, also at that tolerance
     python bench/compare.py --variants "mpq,openvino" --rounds 5 resnet50
 
 --save merges the rows into docs/benchmarks/cpu.json, so that the table can be measured in pieces.
@@ -31,19 +31,20 @@ LIMIT = 240.0  # seconds that a variant may take to be ready
 PAUSE = 0.02  # seconds between two processes, for the threads of the first to go to sleep
 ANCHORS = 2  # Inductor variants measured again beside the rest, by turns
 RIVALS = ("eager", *YARDSTICKS)
-REST = tuple(name for name in VARIANTS if name not in RIVALS)
-PHASES = {"rivals": RIVALS, "rest": REST}
+MPQ = tuple(name for name in VARIANTS if name.startswith("mpq"))
+PEERS = tuple(name for name in VARIANTS if name not in (*RIVALS, *MPQ))
+PHASES = {"rivals": RIVALS, "peers": PEERS, "mpq": MPQ}
 
 
 def compare(
-    jobs: Mapping[str, Job], *, rounds: int = ROUNDS, threads: int, limit: float = LIMIT
+    jobs: Mapping[str, Job], *, rounds: int = ROUNDS, limit: float = LIMIT
 ) -> dict[str, Row]:
     """{name: Row}: build every job in a process of its own, then time them in turn."""
     found: dict[str, Row] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, job in jobs.items():
-            worker = stack.enter_context(Worker(job, threads))
+            worker = stack.enter_context(Worker(job))
             started = worker.start(limit)
             found[name] = _untimed(started)
             print(f"{name}: {started.reason or 'ready'}", file=sys.stderr, flush=True)
@@ -55,7 +56,7 @@ def compare(
 
 
 def measure(
-    model: str, batch: int, variants: Sequence[str], *, rounds: int, threads: int, known: Mapping
+    model: str, batch: int, variants: Sequence[str], *, rounds: int, known: Mapping[str, Row]
 ) -> dict[str, Row]:
     """The rows of some variants of one cell, against the best Inductor variant among them.
 
@@ -66,7 +67,7 @@ def measure(
     if BAR in names:
         tolerance = bar_tolerance(known)
         jobs[BAR] = partial(prepare, model, batch, BAR, tolerance)
-    found = compare(jobs, rounds=rounds, threads=threads)
+    found = compare(jobs, rounds=rounds)
     base = min((r.ms for n, r in found.items() if n in INDUCTOR and r.ms), default=None)
     return {name: replace(found[name], base_ms=base) for name in variants}
 
@@ -84,28 +85,21 @@ def bar_tolerance(known: Mapping[str, Row]) -> float:
     errors = [known[name].error for name in YARDSTICKS if name in known]
     errors = [error for error in errors if error is not None]
     if not errors:
-        raise SystemExit(f"{BAR!r} needs the errors of the others: run --phase rivals first")
+        raise SystemExit(f"{BAR!r} needs the errors of the others: --save --phase rivals")
     return max(errors)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     phases = _phases(options)
-    # Before any process starts: a runtime reads it once, when it is imported.
+    # The processes inherit it; PyTorch reads it when it is imported, and tells the peers.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.save:
         check_machine(options.threads)
     for model in [options.model] if options.model else MODELS:
         known = rows(load(), model, options.batch) if options.save else {}
         for phase in phases:
-            new = measure(
-                model,
-                options.batch,
-                phase,
-                rounds=options.rounds,
-                threads=options.threads,
-                known=known,
-            )
+            new = measure(model, options.batch, phase, rounds=options.rounds, known=known)
             known = {**known, **new}
             if options.save:
                 add_rows(model, options.batch, new, threads=options.threads)
@@ -174,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", nargs="?", choices=MODELS, help="default: all of them")
     parser.add_argument("--batch", type=int, default=BATCHES[0])
-    parser.add_argument("--phase", choices=PHASES, help="only this half of the protocol")
+    parser.add_argument("--phase", choices=PHASES, help="only this part of the protocol")
     parser.add_argument("--variants", help="only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -52,7 +52,7 @@ def measure(layers: int, *, calls: int = CALLS, target: str = "auto") -> dict[st
         live = [arguments[k] for k in installed.live]
         times = in_turn(
             {
-                "bare": lambda: installed.run(live),
+                "bare": lambda: installed.run(*live),
                 "watch": lambda: watch.changed(watched),
                 "lifecycle": lambda: lifecycle(*arguments),
             },

@@ -17,6 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmark table -->", "<!-- benchmark table end -->"
 SHOWN = ("pt2e int8", "openvino", "openvino int8", "mpq all bf16", "mpq", BAR)
 NONE = "–"
+TEXT = ("", "model", "variant", "remark", "stages")  # heads of columns that hold words
 
 EXPLANATION = """\
 Median milliseconds of one call, with the error of the output against fp32 in brackets: the largest
@@ -154,8 +155,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers or remarks."""
-    rule = "|".join(["---", *["---:"] * (len(heads) - 1)])
+    """A Markdown table; numbers stand at the right of their columns."""
+    rule = "|".join("---" if head in TEXT else "---:" for head in heads)
     body = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
     return "\n".join([f"| {' | '.join(heads)} |", f"|{rule}|", *body])
 

@@ -45,7 +45,11 @@ class Runner:
 def prepare(
     model: str, batch: int, variant: str, tolerance: float | None = None, size: str = "full"
 ) -> Ready:
-    """Build a variant and measure its error: the largest relative RMS over some unseen inputs."""
+    """Build a variant and measure its error: the largest relative RMS over some unseen inputs.
+
+    Gradients stay off afterwards, since changing the mode would make Dynamo compile again.
+    """
+    torch.set_grad_enabled(False)
     case = build(model, batch, size)
     draws = [case.draw(MEASURED + k) for k in range(ERROR_DRAWS)]
     references = [case.model(*inputs) for inputs in draws]
@@ -163,7 +167,7 @@ def calibration_reader(case: Case) -> Any:
         def __init__(self) -> None:
             self.left = iter(case.calibration(CALIBRATION_CALLS))
 
-        def get_next(self) -> dict[str, Any] | None:
+        def get_next(self) -> Any:  # a dict, and None at the end
             inputs = next(self.left, None)
             return None if inputs is None else _named(inputs)
 

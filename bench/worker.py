@@ -48,12 +48,12 @@ Job = Callable[[], Ready]
 class Worker:
     """The parent's side: start, time, stop."""
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
-        self._process = context.Process(target=serve, args=(theirs, job, threads, str(self._log)))
+        self._process = context.Process(target=serve, args=(theirs, job, str(self._log)))
         self._process.start()
         theirs.close()
 
@@ -95,23 +95,19 @@ class Worker:
         return f"the process ended with code {self._process.exitcode}: {last[-REASON:]}"
 
 
-def serve(connection: Connection, job: Job, threads: int, log: str) -> None:
+def serve(connection: Connection, job: Job, log: str) -> None:
     """The worker's side: build, report, then answer each request with the times of some calls."""
     _redirect(log)
-    import torch
-
-    torch.set_num_threads(threads)
-    with torch.no_grad():
-        begin = time.perf_counter()
-        try:
-            ready = job()
-        except Exception as error:
-            traceback.print_exc()
-            connection.send(Started(reason_of(error)))
-            return
-        seconds = time.perf_counter() - begin
-        connection.send(Started("", seconds, ready.error, ready.detail))
-        answer(connection, ready.run)
+    begin = time.perf_counter()
+    try:
+        ready = job()
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(Started(reason_of(error)))
+        return
+    seconds = time.perf_counter() - begin
+    connection.send(Started("", seconds, ready.error, ready.detail))
+    answer(connection, ready.run)
 
 
 def answer(connection: Connection, run: Callable[[], Any]) -> None:

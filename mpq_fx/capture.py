@@ -83,7 +83,7 @@ def _source_name(node: Node) -> str:
     if source is None and "grapharg" in node.meta:
         source = node.meta["grapharg"].source
     name = getattr(source, "name", "")
-    return name() if callable(name) else str(name)
+    return str(name() if callable(name) else name)
 
 
 def qualified(source: str) -> str:
@@ -115,13 +115,17 @@ def _refuse_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
 def _refuse_leftovers(gm: GraphModule) -> None:
     """Only ATen ops, custom ops and size arithmetic may be left, and only real constants."""
     for node in gm.graph.nodes:
-        if node.op == "get_attr" and is_lost(getattr(gm, str(node.target), None)):
+        if node.op in ("call_module", "call_method") or not _is_known(node):
+            raise RefusedError(f"{node.target} is not an ATen op ({user_line(node)})")
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if is_lost(getattr(gm, str(node.target), None)):
             raise RefusedError(f"tracing lost the value of {node.name} ({user_line(node)})")
-        if node.op in ("call_module", "call_method"):
-            raise RefusedError(f"{node.target} is not an ATen op ({user_line(node)})")
-        known = isinstance(node.target, torch._ops.OpOverload) or (
-            getattr(node.target, "__module__", "") in (operator.__name__, "_operator", "math")
-            or getattr(node.target, "__name__", "").startswith("sym_")
-        )
-        if node.op == "call_function" and not known:
-            raise RefusedError(f"{node.target} is not an ATen op ({user_line(node)})")
+
+
+def _is_known(node: Node) -> bool:
+    """An ATen or custom op, or arithmetic on sizes."""
+    target: Any = node.target
+    if node.op != "call_function" or isinstance(target, torch._ops.OpOverload):
+        return True
+    is_arithmetic = getattr(target, "__module__", "") in (operator.__name__, "_operator", "math")
+    return is_arithmetic or getattr(target, "__name__", "").startswith("sym_")

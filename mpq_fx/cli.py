@@ -183,12 +183,21 @@ def bench(model: str, batch: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("mpq-demo"),
+    show_default=True,
+    help="Folder of the HTML reports.",
+)
+@click.option("--quick", is_flag=True, help="One net on the reference target, nothing timed.")
 @click.pass_obj
-def demo(quiet: bool) -> None:
-    """Tune small trained models on this machine and show what was gained."""
+def demo(quiet: bool, output: Path, quick: bool) -> None:
+    """Plan three trained nets on this machine and show what was gained; takes minutes."""
     from mpq_fx.demo import main as run
 
-    run(progress=not quiet)
+    run(progress=not quiet, output=output, quick=quick)
 
 
 @main.command()

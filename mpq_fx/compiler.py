@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -107,8 +107,10 @@ def optimize(
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         measured = measure(graph, binding, config, clock)  # tables of error, latency, bytes
         log.debug("measured in %s", clock.timings)
+        if judge is not None:
+            measured = replace(measured, tolerance=None)
         found = search(measured, config, clock, judge)  # CP-SAT + bisection on measured error
-        settled = settle(graph, measured, found, config, clock, run_float)  # never worse
+        settled = settle(graph, measured, found, config, clock, run_float, judge)  # never worse
         plan = describe(graph, binding, measured, settled, config, clock)
     if settled.winner.installed is None:
         binding.keep_float("no allowed plan is faster than float", plan)

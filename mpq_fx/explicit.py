@@ -37,7 +37,8 @@ CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 def make_explicit(gm: GraphModule, fakes: Sequence[Any], *, functional: bool) -> GraphModule:
     """Second trace, only where needed: casts written out, mutations turned into values."""
-    casts = {node: found for node in gm.graph.nodes if (found := _casts_of(node))}
+    with fake_mode_of_inputs(fakes):
+        casts = {node: found for node in gm.graph.nodes if (found := _casts_of(node))}
     if not casts and not functional:
         return gm
     run: Callable[..., Any] = _Explicit(gm, casts).run

@@ -53,16 +53,16 @@ class Lifecycle:
     def __call__(self, *args: Any) -> Any:
         parameters = self._parameters(args)
         binding = self._find(parameters)
-        if binding.installed is None and binding.reason == OBSERVING:
-            self._observe(binding, args)
         if binding.trial is not None:
             return binding.trial(args)
+        if binding.installed is None and binding.reason == OBSERVING and not binding.released:
+            self._observe(binding, args)
         if binding.installed is not None:
             return self._run(binding, parameters, args)
         if binding.released:
             raise MpqError(
                 "this call needs the float weights, which apply(release=True) freed",
-                fix="apply the plan without release=True",
+                fix="apply the plan without release=True, to train or to call it in other shapes",
             )
         return self.run_float(*args)
 
@@ -109,7 +109,8 @@ class Lifecycle:
         binding = bind(names, parameters, {site.name: site.name for site in self.sites})
         if self.reason or not self.sites:
             binding.reason = self.reason or "nothing here can run in another precision"
-        if self._welcome is not None:
+        binding.released = any(map(_is_freed, parameters))
+        if self._welcome is not None and not binding.released:
             self._welcome(self, binding)
         self.bindings[key] = binding  # last: a call that raised is refused again
         return binding
@@ -189,6 +190,11 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
         (x.shape == y.shape and torch.equal(x, y)) if isinstance(x, Tensor) else x == y
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _is_freed(parameter: Tensor) -> bool:
+    """Are the contents gone, as apply(release=True) leaves them?"""
+    return parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0
 
 
 def _same(ref: weakref.ref[Tensor], parameter: Tensor) -> bool:

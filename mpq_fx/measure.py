@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,22 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         ties(graph, proposal),
         graph.caches,
     )
+
+
+def rerun(
+    graph: Graph,
+    binding: Binding,
+    choices: Mapping[str, Choice],
+    scales: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
+) -> Callable[[Record], list[Any]]:
+    """Replays of another graph of the same model under choices and scales by name in the model."""
+    names = binding.site_names
+    local = {site: choices[name] for site, name in names.items()}
+    known = {
+        (s, fmt): v for s, name in names.items() for (n, fmt), v in scales.items() if n == name
+    }
+    replay = replayer(graph.gm, graph.sites, binding.values(), known)
+    return lambda args: replay.run(args, local)
 
 
 def split(records: Sequence[Record]) -> Parts:

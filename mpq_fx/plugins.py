@@ -16,6 +16,7 @@ from mpq_fx.errors import ConfigError, PluginError
 
 GROUPS = ("formats", "passes", "metrics", "solvers", "kernels", "targets")
 T = TypeVar("T")
+_TRIED: list[EntryPoint] = []  # of this process only
 
 
 class Catalog(Mapping[str, T], Generic[T]):
@@ -62,7 +63,8 @@ def load(group: str) -> Mapping[str, Any]:
 def declared(group: str, own: frozenset[str]) -> Mapping[str, EntryPoint]:
     """What packages declare, by name; PluginError where two of them, or mpq-fx, claim one name."""
     found: dict[str, EntryPoint] = {}
-    for entry in sorted(entry_points(group=f"mpq_fx.{group}"), key=lambda e: (e.name, package(e))):
+    tried = [entry for entry in _TRIED if entry.group == f"mpq_fx.{group}"]
+    for entry in sorted((*entry_points(group=f"mpq_fx.{group}"), *tried), key=lambda e: (e.name, package(e))):
         holder = "mpq-fx" if entry.name in own else None
         if entry.name in found:
             holder = package(found[entry.name])
@@ -98,10 +100,18 @@ def loaded(entry: EntryPoint) -> Any:
 
 def package(entry: EntryPoint) -> str:
     """The distribution that declares an entry point."""
-    return entry.dist.name if entry.dist is not None else "a package without metadata"
+    return entry.dist.name if entry.dist is not None else "this process"
+
+
+def add(group: str, name: str, where: str) -> None:
+    """What an entry point `name = where` would do, in this process only: to try a plug-in out."""
+    assert group in GROUPS, group
+    _TRIED.append(EntryPoint(name, where, f"mpq_fx.{group}"))
+    declared.cache_clear()
 
 
 def forget() -> None:
-    """Read the installed packages anew: for tests, and after an installation into a running process."""
+    """Read the installed packages anew, and drop what `add` added."""
+    _TRIED.clear()
     declared.cache_clear()
     loaded.cache_clear()

@@ -148,13 +148,15 @@ def autocast_state() -> Autocast:
 def autocast_set(state: Autocast) -> Iterator[None]:
     """Autocast exactly as in `state`, set without a trace in the graph."""
     before = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES]
-    wanted = dict(state)
+    wanted, caching = dict(state), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # fake casts must not outlive the trace
     for device, _, dtype in before:
         torch.set_autocast_enabled(device, device in wanted)
         torch.set_autocast_dtype(device, wanted.get(device, dtype))
     try:
         yield
     finally:
+        torch.set_autocast_cache_enabled(caching)
         for device, enabled, dtype in before:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError
+from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
-from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.analyze.replay import Replayer, output_error
 from mpq_fx.problem import in_user_units, numbers, problem, unreachable, words
 from mpq_fx.verify import Candidate, bisect
-
-Runner = Callable[[Sequence[Any]], Any]  # arguments of a graph -> its outputs
 
 
 @dataclass(frozen=True)
 class Judge:
     """The user's own measure of a plan under test: how much worse it makes the model, and the limit."""
 
-    drop: Callable[[Runner], float]
+    drop: Callable[[Replayer, Mapping[str, Choice]], float]  # sites named as in the graph
     limit: float
 
 
@@ -63,6 +61,11 @@ def joint_error(measured: Measured, assignment: Mapping[str, str]) -> float:
     return max(errors)
 
 
+def drop(measured: Measured, judge: Judge, assignment: Mapping[str, str]) -> float:
+    """How much of the user's metric an assignment loses."""
+    return judge.drop(measured.replay, parse(measured.proposal, assignment))
+
+
 def float_baseline(measured: Measured) -> dict[str, float]:
     """What the float model uses in all: the sum over sites and, of bytes, every other parameter."""
     first = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
@@ -93,11 +96,6 @@ def _search(
         limits = budgets if start is None else {**budgets, "tolerance": start}
         return _solved(measured, config, limits, baseline, _scale(error_budget, start))
 
-    def dropped(assignment: Mapping[str, str]) -> float:
-        assert judge is not None
-        choices = parse(measured.proposal, assignment)
-        return judge.drop(lambda args: measured.replay.run(args, choices))
-
     if not start or not measured.sites:
         found = solution(0.0)
         return Candidate(found, joint_error(measured, found.assignment), 1.0)
@@ -110,7 +108,7 @@ def _search(
             is_past=lambda: clock.is_past(0.7),
         )
     else:
-        best = bisect(solution, dropped, judge.limit, start=start, is_past=lambda: False)
+        best = bisect(solution, lambda a: drop(measured, judge, a), judge.limit, start=start)
     if best is None:
         what = (
             f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"

@@ -21,7 +21,7 @@ from mpq_fx.passes.lower.constants import fold_constants
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite import rewrite
 from mpq_fx.problem import problem
-from mpq_fx.search import Found, joint_error, search
+from mpq_fx.search import Found, Judge, drop, joint_error, search
 from mpq_fx.sizes import size_guard
 from mpq_fx.verify import Timing, pick, race
 
@@ -56,13 +56,14 @@ class Settled:
     found: Found
 
 
-def settle(
+def settle(  # noqa: PLR0913 -- all that was found out so far
     graph: Graph,
     measured: Measured,
     found: Found,
     config: Config,
     clock: Clock,
     run_float: Callable[..., Any],
+    judge: Judge | None,
 ) -> Settled:
     """Compile the plan and each uniform plan that is allowed, race them, keep the best."""
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
@@ -76,6 +77,8 @@ def settle(
         if _is_repeated(assignment, variants) or not _is_allowed(
             measured, found, assignment, errors[name]
         ):
+            continue
+        if judge is not None and drop(measured, judge, assignment) > judge.limit:
             continue
         if clock.is_past():
             clock.cut(f"{name!r} was not compiled for comparison")

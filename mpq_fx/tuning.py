@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from mpq_fx.binding import Binding
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
-from mpq_fx.facts import Plan
+from mpq_fx.facts import Choice, Plan
+from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+from mpq_fx.measure import rerun
 from mpq_fx.registry import ROOTS, bindings_of
-from mpq_fx.search import Judge, Runner
+from mpq_fx.search import Judge
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
@@ -48,14 +50,16 @@ def tune_model(
     ):
         for batch in bar.track(batches, description="observing"):
             call(compiled, batch)
+        standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
+        if standard:
+            standard.reach()
         found = _own(model, observing)
-        standard = _Standard(compiled, model, metric, max_drop) if metric else None
         for lifecycle, binding in bar.track(found, description="solving"):
             if not _is_covered(binding, found):
                 lifecycle.finalize(binding, standard.judge(binding) if standard else None)
         if standard:
-            standard.verify()
-        plans = [binding.plan for _, binding in found if binding.plan is not None]
+            standard.verify(found)
+        plans = distinct(binding.plan for _, binding in found)
         if not plans:
             reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
             raise CalibrationError(
@@ -63,6 +67,11 @@ def tune_model(
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
         return merged(plans)
+
+
+def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
+    """Every plan once: graphs that differ in shapes alone share theirs."""
+    return list({id(plan): plan for plan in plans if plan is not None}.values())
 
 
 def merged(plans: Sequence[Plan]) -> Plan:
@@ -110,8 +119,19 @@ class _Standard:
 
     compiled: Any
     model: torch.nn.Module
+    config: Config
     metric: Metric
     max_drop: float | None
+
+    def reach(self) -> None:
+        """Compile every graph that the metric calls (its batches may have another size).
+
+        Nothing of the metric's data becomes calibration data.
+        """
+        before = {id(b): list(b.records) for _, b in _own(self.model, self.config)}
+        _measured(self.metric, self.compiled)
+        for _, binding in _own(self.model, self.config):
+            binding.records[:] = before.get(id(binding), [])
 
     def judge(self, binding: Binding) -> Judge:
         base, count = _measured(self.metric, self.model)
@@ -123,15 +143,40 @@ class _Standard:
                 fix=f"max_drop={1 / count:.2g}, or more examples",
             )
 
-        def drop(run: Runner) -> float:
-            with _trial(binding, run):
-                value, _ = _measured(self.metric, self.compiled)
+        def drop(replay: Any, choices: Mapping[str, Choice]) -> float:
+            runners: list[Any] = []
+            value = base
+            # A call may compile one more graph, which ran in float then: measure again.
+            while len(runners) < len(now := list(self._runners(binding, replay, choices))):
+                runners = now
+                with ExitStack() as trials:
+                    for other, run in runners:
+                        trials.enter_context(_trial(other, run))
+                    value, _ = _measured(self.metric, self.compiled)
             return (base - value) / max(abs(base), 1e-12)
 
         return Judge(drop, limit)
 
-    def verify(self) -> None:
-        """The metric of what is installed, kernels and all."""
+    def _runners(
+        self, binding: Binding, replay: Any, choices: Mapping[str, Choice]
+    ) -> Iterator[tuple[Binding, Callable[..., Any]]]:
+        """The binding under test and the other shapes of its code, all in the same choices."""
+        yield binding, lambda args: replay.run(args, choices)
+        names = binding.site_names
+        named = {names[site]: choice for site, choice in choices.items()}
+        scales = {(names[site], fmt): value for (site, fmt), value in replay.scales.items()}
+        for lifecycle, other in _own(self.model, self.config):
+            if other is not binding and set(other.site_names.values()) <= set(named):
+                yield other, rerun(lifecycle.graph, other, named, scales)
+
+    def verify(self, found: Sequence[tuple[Lifecycle, Binding]]) -> None:
+        """The metric of what is installed, kernels and all, in every shape."""
+        plans = distinct(binding.plan for _, binding in found)
+        for lifecycle, binding in found:
+            names = set(binding.site_names.values())
+            plan = next((p for p in plans if names <= set(p.choices)), None)
+            if binding.plan is None and plan is not None:
+                install_plan(lifecycle.graph, binding, plan, self.config)
         base, _ = _measured(self.metric, self.model)
         value, _ = _measured(self.metric, self.compiled)
         drop, limit = (base - value) / max(abs(base), 1e-12), self.max_drop or 0.0
@@ -155,7 +200,7 @@ def _forgotten(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _trial(binding: Binding, run: Runner) -> Iterator[None]:
+def _trial(binding: Binding, run: Callable[..., Any]) -> Iterator[None]:
     """Calls of one binding answered by a replay of the plan under test."""
     binding.trial = run
     try:
@@ -166,7 +211,8 @@ def _trial(binding: Binding, run: Runner) -> Iterator[None]:
 
 def _measured(metric: Metric, model: Any) -> tuple[float, int | None]:
     """A metric gives its value, or (value, number of examples)."""
-    found = metric(model)
+    with torch.inference_mode():
+        found = metric(model)
     value, count = found if isinstance(found, tuple) else (found, None)
     return float(value), count
 

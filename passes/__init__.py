@@ -6,7 +6,6 @@ What plug-ins add is looked up when it is needed (mpq_fx.plugins), never when th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
@@ -21,8 +20,8 @@ from mpq_fx.passes.canonicalize.einsum import spell_einsum
 from mpq_fx.passes.canonicalize.identities import remove_identities
 from mpq_fx.passes.canonicalize.linear import spell_linear
 from mpq_fx.passes.canonicalize.linear_bias import merge_linear_bias
-from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.kernel import with_kernels
+from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.passes.lower.target import Target
 from mpq_fx.plugins import Catalog, load

@@ -13,7 +13,15 @@ import mpq_fx
 from mpq_fx import plugins
 from mpq_fx.errors import ConfigError, PluginError
 from mpq_fx.formats import FORMATS, format_named
-from mpq_fx.passes import CANONICALIZE, METRICS, after, canonicalization, target_named, targets
+from mpq_fx.passes import (
+    CANONICALIZE,
+    METRICS,
+    TARGETS,
+    after,
+    canonicalization,
+    target_named,
+    targets,
+)
 from mpq_fx.passes.allocate import SOLVERS
 
 
@@ -128,6 +136,17 @@ def test_solvers_and_targets_are_merged(install):
     assert target_named("auto").name != "mirror", "a target of a plug-in is asked for by name"
 
 
+def test_a_plug_in_can_be_tried_without_a_package(install):
+    install("tiny_metric", "def fisher(): ...", metrics="fisher = tiny_metric:fisher")
+    plugins.add("metrics", "tried", "mpq_fx.passes.analyze.sensitivity:measured_singles")
+    assert METRICS["tried"] is METRICS["auto"]
+    plugins.add("metrics", "fisher", "tiny_metric:fisher")
+    with pytest.raises(PluginError, match="this process and tiny_metric both name 'fisher'"):
+        METRICS.named("auto")
+    plugins.forget()
+    assert "tried" not in METRICS
+
+
 PASS = """
     import torch
     from mpq_fx.passes import after
@@ -196,8 +215,8 @@ def test_a_kernel_takes_what_it_does_not_refuse(install, isolated):
             x = torch.randn(4, 16)
             assert torch.allclose(compiled(x), model(x))
     report = mpq_fx.explain(compiled)
-    assert {row.site.name: row.kernel for row in report.rows} == {"0": "tiny", "2": ""}
+    assert [row.site.name for row in report.rows if row.kernel == "tiny"] == ["0"]
     calls = sys.modules["tiny_kernel"].CALLS
     assert calls, "the callee in the final graph runs"
     assert set(calls) == {(4, 16)}
-    assert target_named("cpu").lower.__qualname__ == "lower", "other targets stay as they are"
+    assert target_named("cpu") is TARGETS[0], "other targets stay as they are"

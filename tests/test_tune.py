@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpq_fx
-from mpq_fx import search
+from mpq_fx import search, tuning
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError, MpqError, PlanError
 from mpq_fx.numerics import relative_rms
 from mpq_fx.registry import bindings_of
@@ -96,7 +96,7 @@ def test_tune_leaves_the_model_as_it_was(isolated):
     tune(model, formats=["bfloat16"])
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert [p._version for p in model.parameters()] == versions
-    assert set(model.__dict__) == keys
+    assert set(model.__dict__) - keys <= {"_is_torch_compile"}, "torch.compile's own mark"
     assert all(p.requires_grad for p in model.parameters())
     assert bindings_of(model) == [], "a tune leaves no graph behind"
 
@@ -111,22 +111,25 @@ def test_the_applied_plan_runs_what_was_tuned(isolated, model, plan):
 
 
 def test_the_metric_and_max_drop_drive_the_bisection(isolated, model):
-    """The metric is minus the error, so that a drop is a number that can be checked."""
+    """A drop of this metric is an error, in a shape that no calibration call had."""
     seen = []
 
     def metric(net) -> float:
-        seen.append(1 - relative_rms(net(batch(5)), model(batch(5))))
+        seen.append(1 - relative_rms(net(batch(5, 7)), model(batch(5, 7))))
         return seen[-1]
 
-    loose = tune(model, metric=metric, max_drop=0.2, tolerance=None, objective="size")
+    loose = tune(model, metric=metric, max_drop=0.2, objective="size")
     rounds = len(seen)
-    tight = tune(model, metric=metric, max_drop=0.004, tolerance=None, objective="size")
+    tight = tune(model, metric=metric, max_drop=0.004, objective="size")
     assert rounds > 3
     assert len(set(seen)) > 3, "the metric was asked about the same plan only"
-    assert error(mpq_fx.apply(model, loose), model, batch(5)) <= 0.2
-    assert error(mpq_fx.apply(model, tight), model, batch(5)) <= 0.004
-    size = {p: sum(row.weight_bytes for row in p.ledger) for p in (loose, tight)}
-    assert size[loose] < size[tight]
+    assert error(mpq_fx.apply(model, loose), model, batch(5, 7)) <= 0.2
+    assert error(mpq_fx.apply(model, tight), model, batch(5, 7)) <= 0.004
+    assert tight.tolerance is None
+    assert len(tight.ledger) == 3, "two shapes of one graph are one plan"
+
+    sizes = [sum(row.weight_bytes for row in plan.ledger) for plan in (loose, tight)]
+    assert sizes[0] < sizes[1]
 
 
 def test_a_drop_that_the_examples_cannot_show_is_refused(isolated, model):
@@ -140,13 +143,6 @@ def test_a_drop_that_the_examples_cannot_show_is_refused(isolated, model):
 
 def test_a_drop_that_only_the_kernels_show_is_refused(isolated, model, monkeypatch):
     """The replay stands for the kernels; what is installed is judged once more."""
-    replies = iter([1.0, 1.0, *[1.0] * 20])
-
-    def metric(net) -> float:
-        return next(replies) if net is not model or True else 0.0
-
-    from mpq_fx import tuning
-
     plain = tuning._measured
 
     def measured(metric, net):
@@ -156,7 +152,7 @@ def test_a_drop_that_only_the_kernels_show_is_refused(isolated, model, monkeypat
 
     monkeypatch.setattr(tuning, "_measured", measured)
     with pytest.raises(InfeasibleError, match=r"loses 0.5 of the metric \(1 -> 0.5\)"):
-        tune(model, metric=metric, max_drop=0.1, formats=["bfloat16"])
+        tune(model, metric=lambda net: 1.0, max_drop=0.1, formats=["bfloat16"])
 
 
 def test_release_frees_the_float_weights(isolated, plan):
@@ -191,8 +187,8 @@ def test_explain_prints_and_renders_a_run_of_the_whole_pipeline(isolated, model,
         compiled(batch(1))
     report = mpq_fx.explain(compiled)
     text = str(report)
-    for part in ("up", "head", "mpq.linear", "proved best", "Coverage", "What more is possible"):
-        assert part.rpartition(".")[2] in text
+    for part in ("up", "head", "linear", "proved best", "Coverage", "Raced end to end"):
+        assert part in text
     assert max(map(len, text.splitlines())) <= 120
     page = report.to_html(tmp_path / "report.html").read_text()
     assert page.count("<svg") >= 3
@@ -204,8 +200,8 @@ def test_wishes_without_an_answer_name_what_is_within_reach(isolated, model):
     with pytest.raises(InfeasibleError) as caught:
         tune(model, tolerance=0.001, max_size="0.2x")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "no plan meets max_size <= 3667 bytes and tolerance <= 0.001"
-    assert lines[1].startswith("    within reach: max_size <= 3376 bytes, max_size <= ")
+    assert lines[0] == "no plan meets max_size <= 3565 bytes and tolerance <= 0.001"
+    assert lines[1].startswith("    within reach: max_size <= 2864 bytes, max_size <= ")
     assert lines[1].endswith(" bytes with the other budgets kept")
     assert lines[2].startswith("    within reach: tolerance <= 0, tolerance <= 0.0")
     assert caught.value.fix.startswith("options={")

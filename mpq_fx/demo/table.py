@@ -1,4 +1,4 @@
-"""measurements of one net -> a table: time against eager and Inductor's best, error, accuracy, precisions"""
+"""measurements of one net -> a table: times against eager and Inductor's best, error, accuracy"""
 
 from __future__ import annotations
 

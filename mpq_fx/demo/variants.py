@@ -22,6 +22,7 @@ from mpq_fx.verify import race
 
 EAGER = "eager float32"
 INDUCTOR = "inductor"  # how the names of its variants begin
+ROUNDS = 200  # timed calls of each variant, as far as the seconds allow
 Run = Callable[..., Tensor]
 
 
@@ -71,7 +72,7 @@ def measure(
 
 
 def inductor(subject: Subject, dtype: torch.dtype, *, is_frozen: bool) -> Variant:
-    """torch.compile as a user would have it; frozen: weights as constants, the usual fast setting."""
+    """torch.compile as a user would have it; frozen: with weights as constants."""
     model = copy.deepcopy(subject.model).to(dtype)
     # Equal options would share code with the other variant.  As an option alone, freezing is too
     # late for the part of Inductor that reads it while it compiles.
@@ -103,18 +104,12 @@ def quantized(subject: Subject, config: Config) -> Variant:
     return Variant(f"mpq, tolerance {config.tolerance}", compiled, report=report, plan=plans[0])
 
 
-def judged(
-    subject: Subject, variants: Sequence[Variant], seconds: float
-) -> list[Measurement]:
+def judged(subject: Subject, variants: Sequence[Variant], seconds: float) -> list[Measurement]:
     """Outputs of every variant on all measured batches, then times on the first one, in turn."""
     with torch.inference_mode():
         outputs = {v.name: outputs_of(v, subject.measured) for v in variants}
-        times = (
-            race({v.name: caller(v, subject.measured[0]) for v in variants}, seconds=seconds,
-                 rounds=ROUNDS)
-            if seconds
-            else {}
-        )
+        calls = {v.name: caller(v, subject.measured[0]) for v in variants if seconds}
+        times = race(calls, rounds=ROUNDS, seconds=seconds)
     reference = outputs[variants[0].name]
     return [
         Measurement(
@@ -127,9 +122,6 @@ def judged(
         )
         for v in variants
     ]
-
-
-ROUNDS = 200  # calls of each variant, as far as the seconds allow
 
 
 def outputs_of(variant: Variant, batches: Sequence[Batch]) -> Tensor:

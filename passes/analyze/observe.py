@@ -20,7 +20,8 @@ from mpq_fx.formats import Format
 from mpq_fx.numerics import fake_quantize, scale_and_zero
 from mpq_fx.passes.analyze.replay import OPERANDS, Replayer
 
-SAMPLE = 1 << 14  # values per call kept for the choice of a static range
+READS = ("linear", "conv")  # sites whose input is quantized; of a residual it is the result
+SAMPLE = 1 << 13  # values per call kept for the choice of a static range
 PERCENTILES = (99.9, 99.99, 99.999)
 SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -61,16 +62,17 @@ def observe(replay: Replayer, records: Sequence[Sequence[Any]]) -> dict[str, Obs
             if node.op == "output":
                 break
             site = replay.sites.get(node.name)
-            if site and site.op in ("linear", "conv"):
-                x = env[node.args[OPERANDS[site.op][0]]]
-                if x.numel():
-                    parts.setdefault(site.name, []).append(statistics(x, site))
+            x = env[node.args[OPERANDS[site.op][0]]] if site and site.op in READS else None
             replay.step(env, node, {})
+            if site and site.op == "residual":
+                x = env[node]
+            if site and x is not None and x.numel():
+                parts.setdefault(site.name, []).append(statistics(x, site))
     return {name: merge(seen) for name, seen in parts.items()}
 
 
 def concrete(replay: Replayer, sites: Sequence[Site], record: Sequence[Any]) -> tuple[Site, ...]:
-    """The sites with the sizes of one recorded call in place of symbols: what latency is measured at."""
+    """The sites with the sizes of one recorded call in place of symbols, to measure latency at."""
     shapes: dict[str, tuple[int, ...]] = {}
     env = replay.start(record)
     for node in replay.gm.graph.nodes:
@@ -93,7 +95,7 @@ def statistics(x: Tensor, site: Site) -> Observed:
             fix="calibrate with finite inputs, or check the weights",
         )
     x = x.float()
-    rows = x.movedim(1, -1) if site.op == "conv" else x
+    rows = x if site.op == "linear" else x.movedim(1, -1)
     rows = rows.reshape(-1, rows.shape[-1])
     flat = x.reshape(-1)
     step = max(1, flat.numel() // SAMPLE)

@@ -95,6 +95,8 @@ class Replayer:
         dtype = node.meta["val"].dtype
         if choice.weight == choice.activation == site.dtype:
             return call(node, args, kwargs)
+        if site.op == "residual":
+            return self.stored(site, choice, call(node, args, kwargs))
         if format_named(choice.weight).is_float:
             args = cast(args, getattr(torch, choice.weight))
             return _in(dtype, call(node, args, cast(kwargs, getattr(torch, choice.weight))))
@@ -103,6 +105,10 @@ class Replayer:
         args[weight] = self.quantized_weight(site, choice.weight, args[weight])
         args[activation] = self.quantized_activation(site, choice, args[activation])
         return _in(dtype, call(node, cast(args, torch.float32), kwargs))
+
+    def stored(self, site: Site, choice: Choice, x: Tensor) -> Tensor:
+        """A residual as it is kept between the ops that read it."""
+        return self.quantized_activation(site, choice, x).to(x.dtype)
 
     def quantized_weight(self, site: Site, fmt: str, w: Tensor) -> Tensor:
         key = site.name, fmt

@@ -48,6 +48,7 @@ OPERANDS: dict[str, Operands] = {
     "aten._grouped_mm.default": PRODUCT,
     "transformers.grouped_mm_fallback.default": PRODUCT,
 }
+RECTIFIERS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default)
 NEEDS_WEIGHT = ("conv", "conv3d", "conv_transpose", "embedding")
 
 
@@ -60,7 +61,42 @@ def find_sites(gm: GraphModule, parameters: Mapping[str, str]) -> list[Site]:
     ]
     readers = Counter(n.args[o.activation] for n, o in found if kind_of(n, o) == "linear")
     names = _Names()
-    return [_site(node, operands, parameters, names, readers) for node, operands in found]
+    sites = [_site(node, operands, parameters, names, readers) for node, operands in found]
+    return sites + [_residual(node, names) for node in gm.graph.nodes if is_residual(node)]
+
+
+def is_residual(node: Node) -> bool:
+    """The sum of two feature maps: what it is stored in is a choice, since it is read twice.
+
+    Only maps of four dimensions: the streams of token models are small beside their weights.
+    """
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return False
+    maps = [value(n) for n in node.all_input_nodes if not is_weight(n)]
+    result = value(node)
+    return len(maps) == 2 and all(
+        m.dim() == 4 and m.is_floating_point() and m.shape == result.shape for m in maps
+    )
+
+
+def stored(node: Node) -> Node:
+    """The value of a residual that is kept: the activation behind the sum, if that alone reads it."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in RECTIFIERS else node
+
+
+def _residual(node: Node, names: _Names) -> Site:
+    kept = stored(node)
+    return Site(
+        name=names(f"{module_path(node)}.residual".strip(".")),
+        op="residual",
+        node=kept.name,
+        input_shape=shape_of(node),
+        output_shape=shape_of(node),
+        dtype=str(value(node).dtype).removeprefix("torch."),
+        path=module_path(node),
+        source=source_line(node),
+    )
 
 
 def is_site(node: Node, operands: Operands) -> bool:

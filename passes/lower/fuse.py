@@ -64,6 +64,8 @@ def tail_of(node: Node, posts: frozenset[str]) -> Tail:
         last, user = user, only_user(user)
     if user is not None and user.target is mpq.quantize.default and user.args[0] is last:
         return Tail(user, post, user)
+    if user is not None and is_cast(user, torch.bfloat16):
+        return Tail(user, post)
     return Tail(last, post)
 
 

@@ -40,6 +40,7 @@ CHOICES = {
     "linear": (BF16, STATIC, DYNAMIC, STATIC7, WEIGHT),
     "conv": (BF16, STATIC, STATIC7),
     "embedding": (BF16, Choice("int8", "float32")),
+    "residual": (BF16, STATIC),
     "matmul": (BF16,),
     "attention": (BF16,),
     "grouped_matmul": (BF16,),
@@ -97,14 +98,14 @@ def lower(gm: GraphModule) -> Kernels:
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
-    x, sx, zx, w, sw, zw, bias, x_name, _, dtype = node.args
+    x, sx, zx, w, sw, zw, bias, x_name, *_ = node.args
     if format_named(x_name).is_float:
         return _weight_only(node, x, w, sw, bias)
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
     weight = (packed, flat(node, sw), flat(node, zw))
     if sx.op == "get_attr":
         scales = (scalar(gm, sx), int(scalar(gm, zx)))
-        output = output_of(gm, tail, dtype)
+        output = output_of(gm, tail)
         return _qlinear(node, x, scales, weight, owned(node, bias), output, tail.post), QLINEAR
     y = _qlinear(node, x, (1.0, 0), weight, None, (1.0, 0, torch.float32), Post())
     y = insert_call(node, aten.mul.Tensor, (y, sx))
@@ -113,9 +114,9 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
 
 def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
-    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, _, _, dtype) = node.args
+    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, *_) = node.args
     scale, zero = scalar(gm, sx), int(scalar(gm, zx))
-    out_scale, out_zero, out_dtype = output_of(gm, tail, dtype)
+    out_scale, out_zero, out_dtype = output_of(gm, tail)
     scales, window = flat(node, sw), (stride, padding, dilation, groups)
     shape = [hint(size) for size in value(x).shape]
     packed = pack(
@@ -144,10 +145,10 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     return y, "onednn.qconv_pointwise"
 
 
-def output_of(gm: GraphModule, tail: Tail, dtype: torch.dtype) -> tuple[float, int, torch.dtype]:
+def output_of(gm: GraphModule, tail: Tail) -> tuple[float, int, torch.dtype]:
     """(scale, zero, dtype) of a kernel's result: the next site's codes, or plain floats."""
     if tail.quantize is None:
-        return 1.0, 0, dtype
+        return 1.0, 0, value(tail.last).dtype
     _, scale, zero, name = tail.quantize.args
     return scalar(gm, scale), int(scalar(gm, zero)), format_named(name).dtype
 

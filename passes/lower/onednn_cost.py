@@ -31,7 +31,7 @@ def conversion(x: Tensor | None, site: Site, choice: Choice) -> float:
 
     Eager one-pass ops stand for what Inductor fuses into the kernel that makes x; they bound it.
     """
-    if x is None or choice.activation == site.dtype:
+    if x is None or site.op == "residual" or choice.activation == site.dtype:
         return 0.0
     if choice.scaling == "static":
         return milliseconds(lambda: torch.quantize_per_tensor(x, 0.1, 128, torch.quint8))
@@ -125,6 +125,13 @@ def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     return lambda: onednn.qconv_pointwise.default(*args)
 
 
+def residual(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    """Bound by memory: one sum written and read again in the width it is stored in."""
+    dtype = torch.uint8 if choice.scaling == "static" else getattr(torch, choice.weight)
+    a = x.to(dtype)
+    return lambda: a + a
+
+
 def matmul(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     """The second operand is rebuilt from the number of multiply-accumulates."""
     n = max(1, site.macs // max(1, x.numel()))
@@ -145,6 +152,7 @@ def embedding(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
 
 
 KERNELS = {
+    "residual": residual,
     "linear": linear,
     "conv": conv,
     "matmul": matmul,

@@ -41,6 +41,7 @@ CHOICES = {
         Choice("int8", "bfloat16"),
     ),
     "embedding": (BF16, Choice("int8", "float32"), Choice("int4_g32", "float32")),
+    "residual": (BF16, STATIC),
     "matmul": (BF16, FP16),
     "attention": (BF16, FP16),
     "grouped_matmul": (BF16,),

@@ -16,17 +16,23 @@ from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, check, remove_dead, run_passes, signature_of
 from mpq_fx.passes.analyze.replay import Scales
 from mpq_fx.passes.rewrite.cancel_casts import cancel_casts, sink_casts
+from mpq_fx.passes.rewrite.cancel_quantize import cancel_quantize
 from mpq_fx.passes.rewrite.embedding import rewrite_embedding
 from mpq_fx.passes.rewrite.float_op import rewrite_float
+from mpq_fx.passes.rewrite.hoist import hoist_narrowing
 from mpq_fx.passes.rewrite.merge_linear import merge_linear
 from mpq_fx.passes.rewrite.merge_quantize import merge_quantize
 from mpq_fx.passes.rewrite.quantized import rewrite_quantized
+from mpq_fx.passes.rewrite.residual import rewrite_residual
 
 INTEGER = {"linear": rewrite_quantized, "conv": rewrite_quantized, "embedding": rewrite_embedding}
 
 CLEANUP = (
+    cancel_quantize,  # before merge_quantize, which would compare quantizations it removes
     merge_quantize,  # q/k/v quantize the tensor they share once
     sink_casts,  # before cancel_casts: brings an upcast next to the downcast behind a view
+    cancel_casts,
+    hoist_narrowing,  # after merge_quantize: a pooling with one reader left
     cancel_casts,
 )
 
@@ -46,7 +52,9 @@ def rewrite(
         choice = choices.get(site.name)
         if choice is None or choice.weight == site.dtype or not is_site(node, site):
             continue
-        if format_named(choice.weight).is_float:
+        if site.op == "residual":
+            rewrite_residual(gm, node, site, choice, scales)
+        elif format_named(choice.weight).is_float:
             rewrite_float(node, choice)
         else:
             INTEGER[site.op](gm, node, site, choice, scales)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -262,8 +263,11 @@ def test_bench_and_demo_hand_over(run, monkeypatch):
         module.main = entry
         monkeypatch.setitem(sys.modules, f"mpq_fx.{name}", module)
     assert run("bench", "bert-base", "--batch", "8", "--json").exit_code == 0
-    assert run("-q", "demo").exit_code == 0
-    assert calls == [("bert-base", 8, True), {"progress": False}]
+    assert run("-q", "demo", "--quick", "-o", "pages").exit_code == 0
+    assert calls == [
+        ("bert-base", 8, True),
+        {"progress": False, "output": Path("pages"), "quick": True},
+    ]
 
 
 def test_doctor_names_versions_targets_and_their_choices(run):

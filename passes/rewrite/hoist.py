@@ -1,0 +1,46 @@
+"""quantize(max_pool(x)), cast(max_pool(x)), quantize(view(x))  ->  the same in the other order
+
+Rounding keeps order, so the largest code is the code of the largest value: narrowing first is exact
+and moves a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
+from mpq_fx.graph import insert_call, value
+from mpq_fx.passes.lower.constants import VIEWS
+from mpq_fx.passes.rewrite.float_op import CAST
+
+aten, mpq = torch.ops.aten, torch.ops.mpq
+ORDERED = frozenset({aten.max_pool2d.default}) | VIEWS
+
+
+def hoist_narrowing(gm: GraphModule) -> int:
+    """Move a quantization or a narrowing cast in front of the pooling or view that it alone reads."""
+    found = 0
+    for node in list(gm.graph.nodes):
+        moved = node.args[0] if is_narrowing(node) else None
+        if moved is None or moved.target not in ORDERED or len(moved.users) > 1:
+            continue
+        source = moved.args[0]
+        narrow = insert_call(node, node.target, (source, *node.args[1:]))
+        after = insert_call(node, moved.target, (narrow, *moved.args[1:]), dict(moved.kwargs))
+        node.replace_all_uses_with(after)
+        gm.graph.erase_node(node)
+        found += 1
+    return found
+
+
+def is_narrowing(node: Node) -> bool:
+    """A static quantization per tensor, or a cast from float32 to 16 bits."""
+    if node.target is mpq.quantize.default:
+        return value(node.args[1]).numel() == 1
+    if node.target is not CAST or len(node.args) != 2:
+        return False
+    return value(node.args[0]).dtype == torch.float32 and node.args[1] in (
+        torch.bfloat16,
+        torch.float16,
+    )

@@ -1,0 +1,507 @@
+"""Everything a user can get wrong: the exact kind of error, and a model that still works after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import mpq_fx
+from mpq_fx import compiler
+from mpq_fx.config import Config
+from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError, WeightError
+from mpq_fx.numerics import relative_rms
+from mpq_fx.plan import load
+from mpq_fx.registry import bindings_of
+
+OPTIONS = {"target": "reference", "tolerance": 0.1, "calibration_calls": 3}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def batch(seed: int, size: int = 4) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.randn(size, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def compiled_of(model: nn.Module, **options):
+    return torch.compile(model.eval(), backend="mpq", options={**OPTIONS, **options})
+
+
+def call(compiled, calls: int = 3, make=batch):
+    with torch.inference_mode():
+        return [compiled(make(seed)) for seed in range(calls)]
+
+
+def state(compiled):
+    """(calls kept, why it runs in float or "")"""
+    ((_, binding),) = bindings_of(compiled)
+    return len(binding.records), binding.reason
+
+
+def is_float(compiled, model) -> bool:
+    with torch.inference_mode():
+        return torch.equal(compiled(batch(9)), model(batch(9)))
+
+
+def cause(caught) -> BaseException:
+    """Dynamo wraps what a backend raises while it compiles."""
+    return getattr(caught.value, "inner_exception", caught.value)
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "fix"),
+    [
+        ({"tolerence": 0.1}, "unknown option 'tolerence'", "did you mean 'tolerance'?"),
+        ({"formats": ["int9"]}, "unknown format 'int9'", "did you mean 'int8'?"),
+        ({"formats": {"*": ["bfloat1"]}}, "unknown format 'bfloat1'", "did you mean 'bfloat16'?"),
+        ({"formats": "int8"}, "is a string, not a list", 'options={"formats": ["int8"]}'),
+        ({"objective": "speed"}, "objective='speed' is not one of", "valid: latency, size, error"),
+        ({"tolerance": -0.1}, "tolerance=-0.1 is neither", 'options={"tolerance": 0.02}'),
+        ({"tolerance": float("nan")}, "tolerance=nan is neither", 'options={"tolerance": 0.02}'),
+        ({"max_size": -5}, "max_size=-5 is neither", 'options={"max_size": "0.5x"}'),
+        ({"max_latency": "fast"}, "max_latency='fast' is neither", '"0.5x"'),
+        ({"max_bits": True}, "max_bits=True is neither", '"0.5x"'),
+        ({"calibration_calls": 2}, "calibration_calls=2 must be a whole number of at least 3", ""),
+        ({"calibration_calls": 3.5}, "calibration_calls=3.5 must be a whole number", ""),
+        ({"time_budget": -1}, "time_budget=-1 must be a number of at least 0", ""),
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0", ""),
+        ({"on_error": "ignore"}, "on_error='ignore' is not one of raise, float", ""),
+        ({"tolerance": None}, "allows any error at all", 'options={"tolerance": 0.05}'),
+        ({"objective": "error"}, "is the float model itself", "max_size"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_with_what_to_type(options, message, fix):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_options(options)
+    assert message in caught.value.what
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"options": {**OPTIONS, "tolerence": 1}}, "did you mean 'tolerance'"),
+        ({"options": {**OPTIONS, "formats": ["int9"]}}, "did you mean 'int8'"),
+        ({"mode": "max-autotune"}, "mode='max-autotune' is an option of Inductor"),
+    ],
+)
+def test_torch_compile_passes_the_error_on_at_the_first_call(isolated, given, message):
+    model = Net().eval()
+    with pytest.raises(RuntimeError) as caught:
+        call(torch.compile(model, backend="mpq", **given))
+    assert type(cause(caught)) is ConfigError
+    assert message in str(caught.value)
+    assert torch.isfinite(model(batch(0))).all()
+
+
+def test_an_unknown_target_is_refused(isolated):
+    with pytest.raises(ConfigError, match="unknown target 'cuda'"):
+        call(compiled_of(Net(), target="cuda"))
+
+
+def test_a_glob_that_matches_nothing_names_the_sites(isolated):
+    model = Net()
+    compiled = compiled_of(model, formats={"encoder.*": ["int8"]})
+    with pytest.raises(ConfigError) as caught:
+        call(compiled)
+    assert caught.value.what == "formats: 'encoder.*' matches none of 2 sites"
+    assert caught.value.fix == "valid: up, down"
+    assert is_float(compiled, model)
+    assert state(compiled)[1] == caught.value.what
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_calls_with_nan_or_inf_are_answered_and_not_counted(isolated):
+    model = Net()
+    compiled = compiled_of(model)
+
+    def spoiled(seed: int) -> torch.Tensor:
+        x = batch(seed)
+        x[0, 0] = float("nan") if seed % 2 else float("inf")
+        return x
+
+    call(compiled, 4, spoiled)
+    assert state(compiled) == (0, "observing")
+    call(compiled)
+    assert state(compiled) == (0, "")
+    with torch.inference_mode():
+        assert compiled(spoiled(1))[0].isnan().all(), "nothing hides the user's NaN"
+
+
+def test_a_net_that_makes_inf_by_itself_says_where(isolated):
+    class Divide(Net):
+        def forward(self, x):
+            return super().forward(1 / (x - x))
+
+    model = Divide()
+    compiled = compiled_of(model)
+    with pytest.raises(CalibrationError) as caught:
+        call(compiled)
+    assert caught.value.what == "the input of up holds NaN or inf in a calibration call"
+    assert caught.value.at.startswith("test_bad_input.py:")
+    assert caught.value.fix
+    assert state(compiled)[1] == caught.value.what
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(isolated, value):
+    model = Net()
+    with torch.no_grad():
+        model.down.weight[1, 2] = value
+    compiled = compiled_of(model)
+    with pytest.raises(WeightError, match=r"the weight down\.weight holds NaN or inf"):
+        call(compiled)
+    assert call(compiled)[0].shape == (4, 32), "the model runs on in float"
+
+
+def test_empty_batches_are_answered_before_and_after_the_plan_and_not_counted(isolated):
+    compiled = compiled_of(Net())
+    with torch.inference_mode():
+        assert compiled(torch.empty(0, 32)).shape == (0, 32)
+    call(compiled)
+    with torch.inference_mode():
+        assert compiled(torch.empty(0, 32)).shape == (0, 32)
+    reasons = {binding.reason: len(binding.records) for _, binding in bindings_of(compiled)}
+    assert reasons == {"observing": 0, "": 0}
+
+
+def test_constant_calls_are_not_counted_and_a_warning_says_what_to_type(isolated, caplog):
+    compiled = compiled_of(Net())
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        call(compiled, 12, lambda seed: torch.zeros(4, 32))
+        call(compiled, 12, lambda seed: batch(1))
+    assert state(compiled) == (1, "observing")
+    (message,) = [m for m in caplog.messages if "distinct" in m]
+    assert message.startswith("only 1 of 24 calls were distinct")
+    assert "mpq_fx.finalize(model)" in message
+
+
+def test_too_few_calls_can_be_finalized_and_exclude_static_ranges(isolated):
+    model = Net()
+    compiled = compiled_of(model)
+    call(compiled, 2)
+    mpq_fx.finalize(compiled)
+    ((_, binding),) = bindings_of(compiled)
+    assert binding.reason == ""
+    row = binding.plan.ledger[0]
+    assert row.refusals["int8*uint8_tensor/static"] == (
+        "a static range needs 3 distinct calls, there were 2",
+    )
+    assert any("overlap" in note for note in binding.plan.notes)
+
+
+def test_warm_up_calls_of_zeros_do_not_spoil_the_ranges(isolated):
+    model = Net()
+    compiled = compiled_of(model, formats=["int8*uint8_tensor/static"])
+    call(compiled, 5, lambda seed: torch.zeros(4, 32))
+    assert state(compiled) == (0, "observing")
+    call(compiled)
+    assert state(compiled) == (0, "")
+    with torch.inference_mode():
+        assert 0 < relative_rms(compiled(batch(1)), model(batch(1))) < 0.1
+
+
+def test_finalizing_without_a_usable_call_is_refused(isolated):
+    compiled = compiled_of(Net())
+    with pytest.raises(CalibrationError, match="no compiled graph of this model was called yet"):
+        mpq_fx.finalize(compiled)
+    call(compiled, 2, lambda seed: torch.zeros(4, 32))
+    with pytest.raises(CalibrationError, match="no usable calibration call"):
+        mpq_fx.finalize(compiled)
+
+
+# --- kinds of inputs and outputs ---------------------------------------------------------------
+
+
+def test_nested_inputs_and_outputs_and_values_that_are_no_tensors(isolated):
+    class Nested(Net):
+        def forward(self, given, flag, scale=2, name="a"):
+            y = super().forward(given["x"][0]) * scale
+            return {"y": (y, [flag, None]), "name": name, "count": torch.arange(3)}
+
+    model = Nested()
+    compiled = compiled_of(model)
+    with torch.inference_mode():
+        for seed in range(4):
+            found = compiled({"x": [batch(seed)]}, True, scale=3, name="b")
+        wanted = model({"x": [batch(3)]}, True, scale=3, name="b")
+    assert 0 < relative_rms(found["y"][0], wanted["y"][0]) < 0.1
+    assert found["y"][1] == [True, None]
+    assert found["name"] == "b"
+    assert torch.equal(found["count"], torch.arange(3))
+
+
+def test_a_sparse_input_breaks_the_graph_and_the_rest_is_planned(isolated):
+    class Sparse(Net):
+        def forward(self, graph, x):
+            return super().forward(torch.sparse.mm(graph, x))
+
+    model, graph = Sparse(), torch.eye(4).to_sparse()
+    compiled = compiled_of(model)
+    with torch.inference_mode():
+        for seed in range(4):
+            y = compiled(graph, batch(seed))
+        assert relative_rms(y, model(graph, batch(3))) < 0.1
+    assert "sparse" in str(mpq_fx.explain(compiled))
+
+
+def test_complex_inputs_run_in_float_with_the_reason(isolated, caplog):
+    class Complex(Net):
+        def forward(self, x):
+            return super().forward(x.real)
+
+    model = Complex()
+    compiled = compiled_of(model)
+    with caplog.at_level(logging.WARNING, "mpq_fx"), torch.inference_mode():
+        x = torch.complex(batch(0), batch(1))
+        assert torch.equal(compiled(x), model(x))
+    assert "a graph stays in float: input x has complex values" in caplog.messages
+    assert state(compiled) == (0, "input x has complex values")
+
+
+def test_complex_values_inside_and_at_the_output_count_in_the_error(isolated):
+    class Spectrum(Net):
+        def forward(self, x):
+            return torch.fft.fft(super().forward(torch.fft.fft(x).real))
+
+    model = Spectrum()
+    compiled = compiled_of(model)
+    call(compiled)
+    ((_, binding),) = bindings_of(compiled)
+    assert 0 < binding.plan.errors["plan"] <= 0.1
+    with torch.inference_mode():
+        y, wanted = compiled(batch(5)), model(batch(5))
+    assert 0 < relative_rms(torch.view_as_real(y), torch.view_as_real(wanted)) < 0.1
+
+
+def test_a_graph_without_a_floating_output_stays_in_float(isolated):
+    class Classify(Net):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    model = Classify()
+    compiled = compiled_of(model)
+    call(compiled)
+    assert state(compiled)[1].startswith("no floating output")
+    assert is_float(compiled, model)
+
+
+# --- interruptions -----------------------------------------------------------------------------
+
+
+def test_an_exception_in_the_middle_of_a_tune_leaves_the_model_working(isolated, monkeypatch):
+    model = Net().eval()
+    before = model(batch(0))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "search", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tune(model)
+    assert bindings_of(model) == []
+    assert torch.equal(model(batch(0)), before)
+    assert tune(model).choices, "and it can be tuned again"
+
+
+def test_a_batch_that_the_model_refuses_ends_the_tune_with_the_models_own_error(isolated):
+    model = Net().eval()
+    with pytest.raises(RuntimeError, match="same reduction dim|cannot be multiplied"):
+        mpq_fx.tune(model, [torch.ones(2, 5)], config=Config(target="reference"), progress=False)
+    assert bindings_of(model) == []
+
+
+def test_ctrl_c_in_the_middle_of_a_solve_goes_back_to_observing(isolated, monkeypatch):
+    model = Net()
+    compiled = compiled_of(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "search", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(compiled)
+        assert state(compiled) == (3, "observing")
+    with torch.inference_mode():
+        compiled(batch(3))
+    assert state(compiled) == (0, "")
+
+
+def test_on_error_float_runs_on_and_logs_what_was_wrong(isolated, caplog):
+    model = Net()
+    compiled = compiled_of(model, max_size=10.0, on_error="float")
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        call(compiled)
+    assert caplog.messages[0].startswith("staying in float: no plan meets max_size <= 10 bytes")
+    assert is_float(compiled, model)
+    assert state(compiled)[1].startswith("no plan meets max_size <= 10 bytes")
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+
+def tune(model: nn.Module):
+    config = Config(target="reference", tolerance=0.1)
+    return mpq_fx.tune(model, [batch(seed) for seed in range(3)], config=config, progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    plan = tune(Net().eval())
+    plan.save(tmp_path_factory.mktemp("plans") / "plan.json")
+    return plan, tmp_path_factory.getbasetemp() / "plans0" / "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(32, 32)), "the plan has no site '0' (linear)"),
+        (
+            lambda: wider(48),
+            "up: the plan was made for weight_shape [64, 32], this model has [48, 32]",
+        ),
+        (lambda: Net().double(), "up: the plan was made for dtype float32, this model has float64"),
+    ],
+    ids=["other sites", "other shape", "other dtype"],
+)
+def test_a_plan_for_another_model_names_the_first_difference(isolated, saved, other, message):
+    model = other().eval()
+    x = batch(0).to(next(model.parameters()).dtype)
+    for _ in range(2):
+        with torch.inference_mode(), pytest.raises(PlanError) as caught:
+            mpq_fx.apply(model, saved[0])(x)
+        assert caught.value.what == message
+        assert "mpq_fx.tune(model, batches)" in caught.value.fix
+
+
+def wider(width: int) -> nn.Module:
+    model = Net()
+    model.up, model.down = nn.Linear(32, width), nn.Linear(width, 32)
+    return model
+
+
+def test_a_plan_for_another_model_with_on_error_float_runs_in_float(isolated, saved, caplog):
+    model = wider(48).eval()
+    compiled = mpq_fx.apply(model, saved[0], config=Config(on_error="float"))
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        assert is_float(compiled, model)
+    assert caplog.messages[0].startswith("staying in float: up: the plan was made for weight_shape")
+    assert "up: the plan was made for weight_shape" in str(mpq_fx.explain(compiled))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda facts: facts | {"mpq_fx_plan": 99}, "is a plan of version 99"),
+        (lambda facts: {"a": 1}, "is not a plan"),
+        (lambda facts: [1], "is not a plan"),
+        (lambda facts: facts | {"choices": {"up": "int99"}}, "int99"),
+        (lambda facts: {k: v for k, v in facts.items() if k != "ledger"}, "ledger"),
+    ],
+    ids=["version", "no plan", "a list", "unknown format", "missing part"],
+)
+def test_a_plan_of_another_version_or_a_corrupt_one_is_refused(saved, tmp_path, edit, message):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(edit(json.loads(saved[1].read_text()))))
+    with pytest.raises(PlanError, match=message):
+        load(path)
+
+
+def test_half_a_plan_or_none_is_refused(saved, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(saved[1].read_text()[:-200])
+    with pytest.raises(PlanError, match="is not JSON, or only a part of it"):
+        load(path)
+    with pytest.raises(PlanError, match="No such file"):
+        mpq_fx.apply(Net().eval(), tmp_path / "absent.json")
+
+
+def test_a_released_model_refuses_what_needs_its_weights(isolated, saved):
+    model = Net().eval()
+    compiled = mpq_fx.apply(model, saved[0], release=True)
+    call(compiled)
+    with pytest.raises(MpqError, match=r"float weights, which apply\(release=True\) freed"):
+        compiled(batch(0))
+
+
+# --- the wrong way to call ---------------------------------------------------------------------
+
+
+def test_a_graph_with_gradients_is_float_and_its_gradients_are_those_of_eager(isolated):
+    model = Net()
+    compiled = torch.compile(model, backend="mpq", options=OPTIONS)
+    compiled(batch(0)).square().sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(batch(0)).square().sum().backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(found, model.parameters(), strict=True))
+    assert state(compiled) == (0, "training graph: float")
+    assert "training graph: float" in str(mpq_fx.explain(compiled))
+
+
+def test_inductor_runs_a_training_graph_on_every_other_target(isolated):
+    model = nn.Linear(8, 4)
+    compiled = torch.compile(model, backend="mpq")
+    x = torch.randn(3, 8)
+    compiled(x).square().sum().backward()
+    found = model.weight.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, model.weight.grad)
+    assert state(compiled) == (0, "training graph: float")
+
+
+def test_eval_mode_with_gradients_warns_once_with_the_line_to_type(isolated, caplog):
+    model = Net().eval()
+    compiled = compiled_of(model)
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        for size in (4, 5, 6):
+            compiled(batch(0, size))
+    (message,) = caplog.messages
+    assert "Net is in eval mode but gradients are on" in message
+    assert "`with torch.inference_mode():`" in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        compiled_of(Net()).train()(batch(0))
+    assert caplog.messages == []
+
+
+def test_generate_on_a_wrapper_is_diagnosed_with_the_line_to_type(isolated):
+    class Generator(Net):
+        def generate(self, x):
+            return self(x)
+
+    model = Generator()
+    compiled = compiled_of(model)
+    with torch.inference_mode():
+        compiled.generate(batch(0))
+    line = 'model.compile(backend="mpq")'
+    assert line in " ".join(str(mpq_fx.explain(compiled)).split())
+    with pytest.raises(CalibrationError) as caught:
+        mpq_fx.finalize(compiled)
+    assert line in caught.value.fix
+    call(compiled)
+    assert ".generate()" not in str(mpq_fx.explain(compiled))
+    model.compile(backend="mpq", options=OPTIONS)
+    with torch.inference_mode():
+        model.generate(batch(0))
+    assert bindings_of(model)
