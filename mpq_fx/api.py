@@ -36,7 +36,8 @@ def tune(
 
     A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
     function of a model, higher is better) the plan loses at most the share `max_drop` of the float
-    model's value, which takes the place of the tolerance.  The model itself is left as it was.  Raises CalibrationError for no batch
+    model's value, which takes the place of the tolerance.  The model itself is left as it was.
+    Raises CalibrationError for no batch
     and InfeasibleError for budgets that cannot be met.
     """
     from mpq_fx.tuning import tune_model

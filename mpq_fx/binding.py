@@ -1,6 +1,7 @@
 """One captured graph with the parameters it is called with: calls seen, plan, constants, freshness.
 
-Dynamo compiles code once and calls it with many weights, so nothing is baked into a graph: a binding
+Dynamo compiles code once and calls it with many weights, so nothing is baked into a graph: a
+binding
 is found by the identities of the parameters that a call passes in.
 """
 

@@ -1,6 +1,7 @@
 """weights of a model <-> integer codes in a plan: a plan that fills a model on the meta device
 
-    state|NAME|value                     a tensor as it is (norms, biases, buffers, bfloat16 weights)
+    state|NAME|value                     a tensor as it is (norms, biases, buffers, bfloat16
+    weights)
     state|NAME|codes, …|scale, …|zero    a weight in the integer format of its choice
 Quantizing a dequantized weight gives the same codes, so a model filled this way runs the same plan.
 """

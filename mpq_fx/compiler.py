@@ -26,7 +26,7 @@ from mpq_fx.graph import clone, mark_weights, output_of, placeholders, run_passe
 from mpq_fx.install import donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
-from mpq_fx.passes import canonicalization
+from mpq_fx.passes import canonicalization, target_named
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
@@ -56,6 +56,7 @@ def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
     """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
+    target_named(config.target)  # an unknown one is refused before any work
     captured = capture(gm, example_inputs)
     run_float = float_callable(gm, example_inputs, config)
     if captured.refusal:
@@ -121,7 +122,9 @@ def optimize(
 def welcome(
     graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, binding: Binding
 ) -> None:
-    """A first call with new parameters: name the sites, and start from a plan where there is one."""
+    """A first call with new parameters: name the sites, and start from a plan where there
+    is one.
+    """
     config = lifecycle.config
     root = naming_root(binding, frame)
     if root is not None:
@@ -175,7 +178,9 @@ def has_error(gm: GraphModule, caches: frozenset[int]) -> bool:
 
 
 def cache_outputs(gm: GraphModule) -> frozenset[int]:
-    """Positions of outputs that an attention of the same graph reads: keys and values to be kept."""
+    """Positions of outputs that an attention of the same graph reads: keys and values to be
+    kept.
+    """
     results = output_of(gm).args[0]
     attention = torch.ops.aten.scaled_dot_product_attention.default
     read = {n for node in gm.graph.nodes if node.target is attention for n in node.args[1:3]}

@@ -1,4 +1,6 @@
-"""Every option, checked once.  `options={...}` of torch.compile and `Config(...)` are the same thing."""
+"""Every option, checked once.  `options={...}` of torch.compile and `Config(...)` are the same
+thing.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Config:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
-        """Options of torch.compile → Config; an unknown name is refused with the nearest valid one."""
+        """Options of torch.compile → Config; an unknown name is refused with the nearest valid
+        one.
+        """
         options = dict(options or {})
         if isinstance(options.get("config"), Config):
             base = options.pop("config")
@@ -150,7 +154,9 @@ def _check_conflicts(config: Config) -> None:
 
 
 def _as_rules(name: str, value: object) -> object:
-    """A list means "everywhere": {"*": (...)}; values become tuples so that a Config is hashable."""
+    """A list means "everywhere": {"*": (...)}; values become tuples so that a Config is
+    hashable.
+    """
     if value is None:
         return None
     if isinstance(value, str):

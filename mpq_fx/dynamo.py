@@ -1,4 +1,6 @@
-"""What Dynamo knows besides the graph: the frame it compiles, breaks, skipped frames, recompilations."""
+"""What Dynamo knows besides the graph: the frame it compiles, breaks, skipped frames,
+recompilations.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ class UnsupportedError(MpqError):
 
 
 class InfeasibleError(MpqError):
-    """No plan meets the budgets; `what` names the conflicting ones and the smallest reachable values."""
+    """No plan meets the budgets; `what` names the conflicting ones and the smallest reachable
+    values.
+    """
 
 
 class PlanError(MpqError):

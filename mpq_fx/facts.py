@@ -19,9 +19,11 @@ Scaling = Literal["none", "static", "dynamic"]
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """Numerics of one unit: weight format × activation format × when its scale is known × transforms.
+    """Numerics of one unit: weight format × activation format × when its scale is known ×
+    transforms.
 
-    `weight` and `activation` are names in `mpq_fx.formats.FORMATS`.  `scaling` is "none" for a float
+    `weight` and `activation` are names in `mpq_fx.formats.FORMATS`.  `scaling` is "none" for a
+    float
     activation, "static" for a scale fixed by calibration, "dynamic" for one computed on every call.
     """
 
@@ -119,7 +121,9 @@ class SolverFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """(unit) -> choice, with the budgets, tables and measurements that led there.  A file: see plan.py."""
+    """(unit) -> choice, with the budgets, tables and measurements that led there.  A file: see
+    plan.py.
+    """
 
     choices: Mapping[str, Choice]
     ledger: tuple[Row, ...]
@@ -153,11 +157,15 @@ class Plan:
         return import_module("mpq_fx.plan").load(path)
 
     def resolve(self, **wishes: Any) -> Plan:
-        """Solve again without data: objective, tolerance, max_latency, max_size, max_bits, max_bops."""
+        """Solve again without data: objective, tolerance, max_latency, max_size, max_bits,
+        max_bops.
+        """
         return import_module("mpq_fx.resolve").resolve(self, **wishes)
 
     def frontier(self, resource: str = "latency", points: int = 9) -> tuple[dict[str, Any], ...]:
-        """Trade-offs of `resource` against error that no other plan improves on, from the tables."""
+        """Trade-offs of `resource` against error that no other plan improves on, from the
+        tables.
+        """
         return import_module("mpq_fx.resolve").frontier(self, resource, points)
 
     def with_codes(self, model: Any) -> Plan:

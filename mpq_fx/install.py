@@ -1,4 +1,6 @@
-"""plan -> installed binding, without calibration: a plan from a file, or from a graph of the same weights."""
+"""plan -> installed binding, without calibration: a plan from a file, or from a graph of the same
+weights.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def scales_of(plan: Plan, names: Mapping[str, str]) -> dict[tuple[str, str], tup
 
 
 def donor(graph: Graph, binding: Binding, others: Iterable[Binding]) -> Plan | None:
-    """A solved plan of another graph that knows every site of this one, on the very same weights."""
+    """A solved plan of another graph that knows every site of this one, on the very same
+    weights.
+    """
     mine = {id(ref()) for ref in binding.parameters}
     wanted = fingerprint(graph.sites, binding.site_names)["sites"]
     for other in others:

@@ -67,7 +67,9 @@ class Lifecycle:
         return self.run_float(*args)
 
     def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
-        """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can go on."""
+        """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can
+        go on.
+        """
         with binding.lock:
             if binding.reason != OBSERVING or self._optimize is None:
                 return
@@ -172,7 +174,9 @@ class Lifecycle:
 
 
 def is_telling(record: Sequence[Any]) -> bool:
-    """Does a call say anything about the data: some finite tensor that is not one value repeated?"""
+    """Does a call say anything about the data: some finite tensor that is not one value
+    repeated?
+    """
     tensors = [x for x in record if isinstance(x, Tensor) and not x.is_meta]
     if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors):
         return False

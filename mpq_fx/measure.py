@@ -1,4 +1,6 @@
-"""binding -> tables: what each site reads, what each choice costs in error, milliseconds and bytes."""
+"""binding -> tables: what each site reads, what each choice costs in error, milliseconds and
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def declared(group: str, own: frozenset[str]) -> Mapping[str, EntryPoint]:
     """What packages declare, by name; PluginError where two of them, or mpq-fx, claim one name."""
     found: dict[str, EntryPoint] = {}
     tried = [entry for entry in _TRIED if entry.group == f"mpq_fx.{group}"]
-    for entry in sorted((*entry_points(group=f"mpq_fx.{group}"), *tried), key=lambda e: (e.name, package(e))):
+    for entry in sorted(
+        (*entry_points(group=f"mpq_fx.{group}"), *tried), key=lambda e: (e.name, package(e))
+    ):
         holder = "mpq-fx" if entry.name in own else None
         if entry.name in found:
             holder = package(found[entry.name])

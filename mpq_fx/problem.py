@@ -1,6 +1,7 @@
 """tables + budgets -> Problem, and back: where the user's words become the solver's quantities.
 
-tolerance    Σ noise power        ≤ tolerance² · scale   (scale from the bisection on measured error)
+tolerance    Σ noise power        ≤ tolerance² · scale   (scale from the bisection on measured
+error)
 max_latency  rest + Σ ms          ≤ ms of a call          rest = what no site accounts for
 max_size     rest + Σ bytes       ≤ bytes
 max_bits     Σ share of mean bits ≤ mean bits

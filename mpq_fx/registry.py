@@ -18,7 +18,9 @@ ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models that a use
 
 
 def naming_root(binding: Binding, frame: torch.nn.Module | None) -> torch.nn.Module | None:
-    """The model that names a binding's sites: one the user handed over, else the compiled frame's."""
+    """The model that names a binding's sites: one the user handed over, else the compiled
+    frame's.
+    """
     mine = {id(ref()) for ref in binding.parameters}
     for root in (*ROOTS, *([frame] if frame is not None else [])):
         if mine <= {id(t) for t in (*root.parameters(), *root.buffers())}:

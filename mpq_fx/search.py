@@ -1,4 +1,6 @@
-"""tables -> the assignment that is fastest (or smallest) among those whose *measured* error is allowed."""
+"""tables -> the assignment that is fastest (or smallest) among those whose *measured* error is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mpq_fx.verify import Candidate, bisect
 
 @dataclass(frozen=True)
 class Judge:
-    """The user's own measure of a plan under test: how much worse it makes the model, and the limit."""
+    """The user's own measure of a plan under test: how much worse it makes the model, and the
+    limit.
+    """
 
     drop: Callable[[Replayer, Mapping[str, Choice]], float]  # sites named as in the graph
     limit: float

@@ -1,4 +1,6 @@
-"""The plan against simpler ones, all lowered equally well: the best that is allowed is installed."""
+"""The plan against simpler ones, all lowered equally well: the best that is allowed is
+installed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""batches -> plan: observe on them, solve every graph, and hold the user's metric where there is one"""
+"""batches -> plan: observe on them, solve every graph, and hold the user's metric where there is
+one
+"""
 
 from __future__ import annotations
 

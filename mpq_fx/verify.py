@@ -1,4 +1,6 @@
-"""Bisection on the measured error, and the comparison that makes a plan never worse than simpler ones."""
+"""Bisection on the measured error, and the comparison that makes a plan never worse than simpler
+ones.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ def bisect(
     start: float,
     is_past: Callable[[], bool] = lambda: False,
 ) -> Candidate | None:
-    """argmin objective s.t. *measured* error ≤ tolerance: rescale the predicted budget until it fits.
+    """argmin objective s.t. *measured* error ≤ tolerance: rescale the predicted budget until it
+    fits.
 
-    The predicted noise power may be start² · scale.  Starts at scale 1, widens while the measured error
+    The predicted noise power may be start² · scale.  Starts at scale 1, widens while the measured
+    error
     allows, then halves the bracket geometrically.  None if no plan that was tried meets the
     tolerance; the caller then keeps float.
     """
@@ -63,7 +67,9 @@ def _exact(
     measure: Callable[[Mapping[str, str]], float],
     tolerance: float,
 ) -> Candidate | None:
-    """The last resort: a plan without any predicted error, which is float unless budgets forbid it."""
+    """The last resort: a plan without any predicted error, which is float unless budgets forbid
+    it.
+    """
     try:
         solution = solve(0.0)
     except InfeasibleError:  # budgets forbid float

@@ -1,8 +1,12 @@
-"""Has a weight changed?  Version counters and pointers on every call, contents by a rotating checksum.
+"""Has a weight changed?  Version counters and pointers on every call, contents by a rotating
+checksum.
 
-An edit that PyTorch counts (optimizer step, load_state_dict, in-place op under no_grad) or that moves
-the storage is seen on the very next call.  An edit through `.data` moves neither: each call sums the
-bits of one block of a few tensors, so that every tensor is looked at once in CALLS calls (enough for
+An edit that PyTorch counts (optimizer step, load_state_dict, in-place op under no_grad) or that
+moves
+the storage is seen on the very next call.  An edit through `.data` moves neither: each call sums
+the
+bits of one block of a few tensors, so that every tensor is looked at once in CALLS calls (enough
+for
 a dense edit such as an adapter merge) and every block once in CALLS · numel / BLOCK calls.
 """
 

@@ -1,7 +1,8 @@
 """y = graph(inputs), node by node in eager mode, with chosen sites computed as their choice says.
 
 The float path of `numerics.fake_quantize` stands for the integer arithmetic: on the same scales it
-gives the same numbers up to float32 rounding, at float speed.  Values are freed after their last use.
+gives the same numbers up to float32 rounding, at float speed.  Values are freed after their last
+use.
 """
 
 from __future__ import annotations

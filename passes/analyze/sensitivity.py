@@ -1,4 +1,5 @@
-"""noise[u, c] = error(graph with unit u in choice c)² − error(graph)²: every single measured by replay.
+"""noise[u, c] = error(graph with unit u in choice c)² − error(graph)²: every single measured by
+replay.
 
 A metric is a function (replay, options, records, reference, deadline) -> Table; METRICS in
 mpq_fx.passes lists them.

@@ -80,7 +80,9 @@ def is_residual(node: Node) -> bool:
 
 
 def stored(node: Node) -> Node:
-    """The value of a residual that is kept: the activation behind the sum, if that alone reads it."""
+    """The value of a residual that is kept: the activation behind the sum, if that alone reads
+    it.
+    """
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in RECTIFIERS else node
 

@@ -250,7 +250,7 @@ def flat(anchor: Node, rows: Node) -> Node:
     return insert_call(anchor, aten.reshape.default, (rows, [-1]))
 
 
-def _qlinear(
+def _qlinear(  # noqa: PLR0913 - the operands of oneDNN's op
     node: Node,
     x: Any,
     scales: tuple[float, int],

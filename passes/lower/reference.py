@@ -1,4 +1,6 @@
-"""mpq:: ops as they are, node by node in plain PyTorch: the oracle that every other target must equal."""
+"""mpq:: ops as they are, node by node in plain PyTorch: the oracle that every other target must
+equal.
+"""
 
 from __future__ import annotations
 

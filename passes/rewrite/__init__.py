@@ -1,4 +1,5 @@
-"""float op  ->  target-neutral quantized form, one function per op; weights stay values in the graph.
+"""float op  ->  target-neutral quantized form, one function per op; weights stay values in the
+graph.
 
 float formats     y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
 integer formats   y = mpq::op(quantize(x), quantize_weight(w), b)

@@ -1,4 +1,6 @@
-"""cast(view(cast(x, float32)), bf16)  ->  view(x)        x is bf16: widening and narrowing is exact"""
+"""cast(view(cast(x, float32)), bf16)  ->  view(x)        x is bf16: widening and narrowing is
+exact
+"""
 
 from __future__ import annotations
 

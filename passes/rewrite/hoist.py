@@ -19,7 +19,9 @@ ORDERED = frozenset({aten.max_pool2d.default}) | VIEWS
 
 
 def hoist_narrowing(gm: GraphModule) -> int:
-    """Move a quantization or a narrowing cast in front of the pooling or view that it alone reads."""
+    """Move a quantization or a narrowing cast in front of the pooling or view that it alone
+    reads.
+    """
     found = 0
     for node in list(gm.graph.nodes):
         moved = node.args[0] if is_narrowing(node) else None

@@ -69,7 +69,9 @@ def _zeros(node: Node, anchor: Node) -> Node:
 
 
 def _hoist(operand: Any, anchor: Node) -> None:
-    """Move what a weight is computed from in front of the anchor; placeholders stand there already."""
+    """Move what a weight is computed from in front of the anchor; placeholders stand there
+    already.
+    """
     if not isinstance(operand, Node) or operand.op == "placeholder" or operand < anchor:
         return
     for before in operand.all_input_nodes:
