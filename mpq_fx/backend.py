@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from mpq_fx.compiler import compile_graph
 from mpq_fx.config import Config
 from mpq_fx.errors import ConfigError
+from mpq_fx.install import refuse_freed
 from mpq_fx.training import compile_training
 
 
@@ -30,6 +31,7 @@ def mpq(
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r} is an option of Inductor", fix="leave mode out")
     config = Config.from_options(options)
+    refuse_freed(example_inputs)
     if needs_gradients(example_inputs):
         return compile_training(gm, example_inputs, config)
     return compile_graph(gm, example_inputs, config)

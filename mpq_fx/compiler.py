@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Plan, Site
-from mpq_fx.graph import clone, mark_weights, output_of, placeholders, run_passes, value
+from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders, run_passes, value
 from mpq_fx.install import donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
@@ -161,10 +161,11 @@ def float_callable(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(clone(gm)[0], list(example_inputs))
+    compiled: Callable[..., Any] = compile_fx(clone(gm)[0], list(example_inputs))  # type: ignore[assignment]
+    return compiled
 
 
-def empty_graph(gm: GraphModule, paths: dict[str, str]) -> Graph:
+def empty_graph(gm: GraphModule, paths: Mapping[str, str]) -> Graph:
     """The record of a graph that stays Dynamo's own."""
     names = tuple(node.name for node in placeholders(gm))
     owned = tuple(k for k, name in enumerate(names) if name in paths)
@@ -173,7 +174,7 @@ def empty_graph(gm: GraphModule, paths: dict[str, str]) -> Graph:
 
 def has_error(gm: GraphModule, caches: frozenset[int]) -> bool:
     """Is there an output whose error can be measured: floating, and not a cache?"""
-    results = enumerate(output_of(gm).args[0])
+    results = enumerate(arguments(output_of(gm))[0])
     return any(is_measurable(value(n)) for k, n in results if k not in caches and n is not None)
 
 
@@ -181,7 +182,7 @@ def cache_outputs(gm: GraphModule) -> frozenset[int]:
     """Positions of outputs that an attention of the same graph reads: keys and values to be
     kept.
     """
-    results = output_of(gm).args[0]
+    results = arguments(output_of(gm))[0]
     attention = torch.ops.aten.scaled_dot_product_attention.default
     read = {n for node in gm.graph.nodes if node.target is attention for n in node.args[1:3]}
     return frozenset(k for k, node in enumerate(results) if node in read)

@@ -31,7 +31,7 @@ class Config:
     max_size: float | str | None = None  # bytes of weights, or "0.5x"
     max_bits: float | str | None = None  # mean bits over site weights, scales included
     max_bops: float | str | None = None  # multiply-accumulates × bits × bits
-    formats: Mapping[str, tuple[str, ...]] | tuple[str, ...] | None = None  # globally or per glob
+    formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"

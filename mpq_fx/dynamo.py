@@ -54,4 +54,4 @@ def compile_apart(model: Any, **options: Any) -> Any:
     """
     known = inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(model, backend="mpq", options=options, **apart)
+    return torch.compile(model, backend="mpq", options=options, **apart)  # type: ignore[call-overload]

@@ -42,6 +42,11 @@ def _from_weights(node: Node) -> bool:
     return node.op == "get_attr" or (bool(inputs) and all(map(is_weight, inputs)))
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a call; torch.fx types them as a union too wide to use."""
+    return node.args
+
+
 def output_of(gm: GraphModule) -> Node:
     return next(iter(reversed(gm.graph.nodes)))
 

@@ -5,7 +5,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from mpq_fx.binding import Binding
 from mpq_fx.config import Config
 from mpq_fx.describe import fingerprint
-from mpq_fx.errors import PlanError
+from mpq_fx.errors import MpqError, PlanError
 from mpq_fx.facts import Choice, Plan, Site
+from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
 from mpq_fx.settle import lower
@@ -111,3 +112,16 @@ def release(binding: Binding) -> int:
             storage.resize_(0)
     binding.released, binding.watch = True, None
     return freed
+
+
+def refuse_freed(example_inputs: Iterable[Any]) -> None:
+    """A graph cannot be compiled over weights that `release` freed; raises MpqError."""
+    for x in example_inputs:
+        if isinstance(x, Tensor) and x.layout == torch.strided and _is_freed(x):
+            raise MpqError(
+                FREED, fix="release=False, to train or to call the model in other shapes"
+            )
+
+
+def _is_freed(x: Tensor) -> bool:
+    return x.numel() > 0 and x.untyped_storage().nbytes() == 0

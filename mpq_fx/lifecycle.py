@@ -25,6 +25,7 @@ log = logging.getLogger("mpq_fx")
 
 LIFECYCLES: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
 OBSERVING = "observing"
+FREED = "this call needs the float weights, which apply(release=True) freed"
 PATIENCE = 8  # times calibration_calls without enough distinct ones: say so
 
 
@@ -55,16 +56,11 @@ class Lifecycle:
         binding = self._find(parameters)
         if binding.trial is not None:
             return binding.trial(args)
-        if binding.installed is None and binding.reason == OBSERVING and not binding.released:
+        if binding.installed is None and binding.reason == OBSERVING:
             self._observe(binding, args)
         if binding.installed is not None:
             return self._run(binding, parameters, args)
-        if binding.released:
-            raise MpqError(
-                "this call needs the float weights, which apply(release=True) freed",
-                fix="apply the plan without release=True, to train or to call it in other shapes",
-            )
-        return self.run_float(*args)
+        return self._run_float(binding, args)
 
     def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
         """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can
@@ -111,8 +107,7 @@ class Lifecycle:
         binding = bind(names, parameters, {site.name: site.name for site in self.sites})
         if self.reason or not self.sites:
             binding.reason = self.reason or "nothing here can run in another precision"
-        binding.released = any(map(_is_freed, parameters))
-        if self._welcome is not None and not binding.released:
+        if self._welcome is not None:
             self._welcome(self, binding)
         self.bindings[key] = binding  # last: a call that raised is refused again
         return binding
@@ -128,8 +123,13 @@ class Lifecycle:
         assert installed is not None
         binding.freshen(dict(zip(binding.names, parameters, strict=True)))
         if not installed.accepts(args):
-            return self.run_float(*args)
+            return self._run_float(binding, args)
         return installed.run(*[args[k] for k in installed.live], *installed.passed)
+
+    def _run_float(self, binding: Binding, args: Sequence[Any]) -> Any:
+        if binding.released:
+            raise MpqError(FREED, fix="apply the plan without release=True")
+        return self.run_float(*args)
 
     def _observe(self, binding: Binding, args: Sequence[Any]) -> None:
         """Keep the inputs of a call that tells something new; solve when there are enough."""
@@ -194,11 +194,6 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
         (x.shape == y.shape and torch.equal(x, y)) if isinstance(x, Tensor) else x == y
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _is_freed(parameter: Tensor) -> bool:
-    """Are the contents gone, as apply(release=True) leaves them?"""
-    return parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0
 
 
 def _same(ref: weakref.ref[Tensor], parameter: Tensor) -> bool:

@@ -47,7 +47,8 @@ def _differentiable(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))  # type: ignore[assignment]
+    return compiled
 
 
 def is_eval(root: torch.nn.Module) -> bool:

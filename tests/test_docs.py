@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+from mpq_fx.config import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -119,6 +122,21 @@ def test_every_relative_link_leads_somewhere(page):
         if not path.exists() or (anchor and anchor not in anchors_of(path)):
             broken.append(link["target"])
     assert not broken
+
+
+def test_the_page_of_options_lists_every_field_with_its_default():
+    text = (ROOT / "docs" / "options.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", text, flags=re.MULTILINE)
+    listed = {name: ast.literal_eval(default) for name, default, _ in rows}
+    assert listed == {field.name: field.default for field in fields(Config)}
+    assert [*listed] == [field.name for field in fields(Config)], "in the order of the fields"
+
+
+def test_the_picture_of_the_data_flow_is_a_picture():
+    root = ElementTree.parse(ROOT / "docs" / "data_flow.svg").getroot()
+    words = {text.strip() for node in root.iter() for text in (node.text or "",)}
+    stages = {"capture", "canonicalize", "observe", "propose", "measure", "allocate", "rewrite"}
+    assert stages <= words
 
 
 def too_long() -> dict[str, int]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from mpq_fx.capture import Captured, capture
 from mpq_fx.facts import Site
-from mpq_fx.graph import mark_weights, run_passes
+from mpq_fx.graph import mark_weights, placeholders, run_passes
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes import CANONICALIZE
 from mpq_fx.passes.analyze.sites import find_sites
@@ -59,6 +60,17 @@ def without_autocast(gm: GraphModule) -> Callable[..., Any]:
             return gm(*inputs)
 
     return run
+
+
+def graph_of(
+    function: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor] = ()
+) -> GraphModule:
+    """The ATen graph of function(*inputs, *weights) with the weights marked, without Dynamo."""
+    with torch.no_grad():
+        tracer = make_fx(function, pre_dispatch=True, tracing_mode="fake")
+        gm = tracer(*inputs, *weights)
+    mark_weights(gm, [node.name for node in placeholders(gm)[len(inputs) :]])
+    return gm
 
 
 def called(net: nn.Module | Callable[..., Any], inputs: Any) -> list[Tensor]:

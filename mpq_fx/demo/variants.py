@@ -92,7 +92,7 @@ def inductor(subject: Subject, dtype: torch.dtype, *, is_frozen: bool) -> Varian
 def quantized(subject: Subject, config: Config) -> Variant:
     """One line of the user's code changed: observe the calibration batches, then solve."""
     model = copy.deepcopy(subject.model)
-    compiled = torch.compile(model, backend="mpq", options={"config": config})
+    compiled = torch.compile(model, backend="mpq", options={"config": config})  # type: ignore[call-overload]
     with torch.inference_mode():
         for batch in subject.calibration:
             compiled(*batch)

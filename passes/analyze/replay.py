@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import placeholders
+from mpq_fx.graph import arguments, placeholders
 from mpq_fx.numerics import fake_quantize, relative_rms
 
 Env = dict[Node, Any]
@@ -72,7 +72,7 @@ class Replayer:
         """Run `nodes` (a suffix of the graph) in `env`; returns the outputs."""
         for node in nodes:
             if node.op == "output":
-                return list(map_arg(node.args[0], env.__getitem__))
+                return list(map_arg(arguments(node)[0], env.__getitem__))
             self.step(env, node, choices)
         raise AssertionError("a graph without an output node")
 
@@ -154,7 +154,7 @@ def is_constant(node: Node, known: Mapping[Node, Any]) -> bool:
 
 def call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one node; a write to an input of the graph yields the new value and leaves it alone."""
-    if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+    if node.target is torch.ops.aten.copy_.default and arguments(node)[0].op == "placeholder":
         return args[1]
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     return target(*args, **kwargs)
@@ -184,7 +184,7 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
     }
     for node in replay.gm.graph.nodes:
         if node.op == "output":
-            return list(map_arg(node.args[0], env.__getitem__))
+            return list(map_arg(arguments(node)[0], env.__getitem__))
         if node.op == "call_function":
             args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if any(name in str(node.target) for name in _CASTING):

@@ -67,7 +67,10 @@ def _one_record(
         if node.op == "output":
             return found
         site = replay.sites.get(node.name)
-        for choice in options.get(site.name, ()) if site else ():
+        if site is None:
+            replay.step(env, node, {})
+            continue
+        for choice in options.get(site.name, ()):
             outputs = _suffix(replay, dict(env), nodes[at:], site, choice)
             found.append(((site.name, choice.name), output_error(outputs, reference, excluded)))
         replay.step(env, node, {})

@@ -51,7 +51,7 @@ def linear_operands(node: Node) -> tuple[Node, Node, Node | None] | None:
 
 def transposed(anchor: Node, w: Node) -> Node:
     """t(w), or v where w is t(v)."""
-    if w.target in (aten.t.default, aten.numpy_T.default):
+    if w.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return w.args[0]  # type: ignore[return-value]
     if w.target is aten.transpose.int and w.args[1:] in SWAPS:
         return w.args[0]  # type: ignore[return-value]

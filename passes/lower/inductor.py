@@ -23,4 +23,5 @@ def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[.
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad(), inductor.patch(SETTINGS):
-        return compile_fx(gm, list(example_inputs))
+        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))  # type: ignore[assignment]
+    return compiled

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import SITE, insert_call, remove_dead, value
+from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
@@ -98,7 +98,7 @@ def lower(gm: GraphModule) -> Kernels:
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
-    x, sx, zx, w, sw, zw, bias, x_name, *_ = node.args
+    x, sx, zx, w, sw, zw, bias, x_name, *_ = arguments(node)
     if format_named(x_name).is_float:
         return _weight_only(node, x, w, sw, bias)
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
@@ -114,7 +114,7 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
 
 def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
-    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, *_) = node.args
+    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, *_) = arguments(node)
     scale, zero = scalar(gm, sx), int(scalar(gm, zx))
     out_scale, out_zero, out_dtype = output_of(gm, tail)
     scales, window = flat(node, sw), (stride, padding, dilation, groups)
@@ -149,13 +149,13 @@ def output_of(gm: GraphModule, tail: Tail) -> tuple[float, int, torch.dtype]:
     """(scale, zero, dtype) of a kernel's result: the next site's codes, or plain floats."""
     if tail.quantize is None:
         return 1.0, 0, value(tail.last).dtype
-    _, scale, zero, name = tail.quantize.args
+    _, scale, zero, name = arguments(tail.quantize)
     return scalar(gm, scale), int(scalar(gm, zero)), format_named(name).dtype
 
 
 def lower_embedding(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Gather codes and scales of the rows, multiply."""
-    indices, w, sw, _, name, _ = node.args
+    indices, w, sw, _, name, _ = arguments(node)
     assert format_named(name).symmetric, f"{name} has a zero point"
     codes = insert_call(node, aten.embedding.default, (w, indices))
     scales = insert_call(node, aten.embedding.default, (sw, indices))
@@ -165,7 +165,8 @@ def lower_embedding(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]
 
 def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """float32 or bfloat16 on a packed weight."""
-    x, w, bias = (*node.args, None)[:3]
+    x, w, *rest = arguments(node)
+    bias = rest[0] if rest else None
     rows = math.prod(hint(size) for size in value(x).shape[:-1])
     packed = pack(node, mkldnn._reorder_linear_weight.default, (w, rows), value(w))
     post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
@@ -174,7 +175,7 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, s
 
 
 def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
-    x, w, bias, stride, padding, dilation, groups = node.args
+    x, w, bias, stride, padding, dilation, groups = arguments(node)
     shape = [hint(size) for size in value(x).shape]
     packed = pack(
         node,
@@ -190,12 +191,12 @@ def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str
 
 def integer_tail(node: Node, posts: frozenset[str]) -> Tail:
     """A kernel that scales outside (dynamic, weight-only) takes nothing over."""
-    is_static = node.args[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
+    is_static = arguments(node)[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
     return tail_of(node, posts) if is_static else Tail(node)
 
 
 def _formats(node: Node) -> tuple[str, str]:
-    names = [arg for arg in node.args if isinstance(arg, str)]
+    names = [arg for arg in arguments(node) if isinstance(arg, str)]
     return names[0], names[1]
 
 
@@ -219,7 +220,7 @@ def erase_chain(last: Node, first: Node) -> None:
     """Remove nodes from `last` back to `first`, each read by the next alone."""
     node = last
     while node is not first:
-        before = node.args[0]
+        before = arguments(node)[0]
         node.graph.erase_node(node)
         node = before
     first.graph.erase_node(first)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.formats import Format, format_named
-from mpq_fx.graph import insert_call, value
+from mpq_fx.graph import arguments, insert_call, value
 from mpq_fx.passes.rewrite.float_op import CAST
 
 aten, mpq = torch.ops.aten, torch.ops.mpq
@@ -24,7 +24,7 @@ def decompose_quantize(gm: GraphModule) -> int:
     found = 0
     for node in list(gm.graph.nodes):
         if node.target is mpq.quantize.default:
-            x, scale, zero, name = node.args
+            x, scale, zero, name = arguments(node)
             fmt = format_named(name)
             codes = encode(node, x, scalar(gm, scale), int(scalar(gm, zero)), fmt)
             node.replace_all_uses_with(codes)
@@ -70,5 +70,6 @@ def _replace_dynamic(node: Node, x: Node, name: str) -> None:
     codes = encode(node, x, scale, 0, fmt)
     for user in list(node.users):
         assert user.target is operator.getitem, f"{user} reads a tuple whole"
-        if user.args[1] < 2:
-            user.replace_all_uses_with((codes, scale)[user.args[1]])
+        _, position = arguments(user)
+        if position < 2:
+            user.replace_all_uses_with((codes, scale)[position])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from mpq_fx.graph import insert_call, value
+from mpq_fx.graph import arguments, insert_call, value
 from mpq_fx.passes.lower.constants import VIEWS
 
 CAST = torch.ops.aten.to.dtype
@@ -45,7 +45,8 @@ def is_widening(node: object) -> bool:
     """A cast from a 16-bit float to float32."""
     if not isinstance(node, Node) or node.target is not CAST or len(node.args) != 2:
         return False
-    return node.args[1] == torch.float32 and value(node.args[0]).dtype in (
+    source, dtype = arguments(node)
+    return dtype == torch.float32 and value(source).dtype in (
         torch.bfloat16,
         torch.float16,
     )

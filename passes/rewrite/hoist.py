@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
-from mpq_fx.graph import insert_call, value
+from mpq_fx.graph import arguments, insert_call, value
 from mpq_fx.passes.lower.constants import VIEWS
 from mpq_fx.passes.rewrite.float_op import CAST
 
@@ -39,10 +39,11 @@ def hoist_narrowing(gm: GraphModule) -> int:
 def is_narrowing(node: Node) -> bool:
     """A static quantization per tensor, or a cast from float32 to 16 bits."""
     if node.target is mpq.quantize.default:
-        return value(node.args[1]).numel() == 1
+        return value(arguments(node)[1]).numel() == 1
     if node.target is not CAST or len(node.args) != 2:
         return False
-    return value(node.args[0]).dtype == torch.float32 and node.args[1] in (
+    source, dtype = arguments(node)
+    return value(source).dtype == torch.float32 and dtype in (
         torch.bfloat16,
         torch.float16,
     )

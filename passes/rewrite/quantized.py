@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import insert_call, insert_constant, value
+from mpq_fx.graph import arguments, insert_call, insert_constant, value
 from mpq_fx.passes.analyze.replay import Scales
 from mpq_fx.passes.rewrite.float_op import cast_to
 
@@ -23,7 +23,7 @@ def rewrite_quantized(
     gm: GraphModule, node: Node, site: Site, choice: Choice, scales: Scales
 ) -> None:
     """One linear or convolution in integer arithmetic, or on integer weights alone."""
-    x, w, bias = (*node.args[:3], None)[:3]
+    x, w, bias = (*arguments(node)[:3], None)[:3]
     codes = quantize_activation(gm, node, x, choice, scales.get((site.name, choice.activation)))
     weight = quantize_weight(node, w, choice.weight)
     if bias is not None:
