@@ -7,6 +7,7 @@ when it is first asked for.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -42,13 +43,13 @@ class Catalog(Mapping[str, T], Generic[T]):
 
     def named(self, name: str) -> T:
         """self[name], or ConfigError with the nearest name there is."""
-        from mpq_fx.config import nearest
-
-        if name not in self:
-            raise ConfigError(
-                f"{name!r} is none of the {self._group}", fix=nearest(str(name), [*self])
-            )
-        return self[name]
+        if name in self:
+            return self[name]
+        near = difflib.get_close_matches(str(name), [*self], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"{name!r} is none of the {self._group}", fix=f"{hint}valid: {', '.join(self)}"
+        )
 
     def _added(self) -> Mapping[str, EntryPoint]:
         return declared(self._group, self._names)

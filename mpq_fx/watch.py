@@ -13,12 +13,14 @@ a dense edit such as an adapter merge) and every block once in CALLS · numel / 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 CALLS = 32  # calls after which every tensor was looked at once
 BLOCK = 1024  # neighboring elements summed at each look
+CHUNK = 1 << 22  # elements widened to 64 bits at a time
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -72,17 +74,31 @@ class Watch:
             sums = self._sums[k]
             block = turn % max(1, len(sums))
             bits = _bits(tensors[k])[block * BLOCK : (block + 1) * BLOCK]
-            if len(sums) and int(bits.sum()) != int(sums[block]):
+            if len(sums) and int(weighted(bits[None])) != int(sums[block]):
                 found.append(k)
         return found
 
 
 def block_sums(t: Tensor) -> Tensor:
-    """int64[ceil(numel / BLOCK)]: the bits of each block of elements, summed as integers."""
+    """int64[ceil(numel / BLOCK)]: a checksum of the bits of each block of elements."""
     bits = _bits(t)
     whole = bits.numel() // BLOCK * BLOCK
-    sums = bits[:whole].view(-1, BLOCK).sum(1)
-    return torch.cat([sums, bits[whole:].sum()[None]]) if whole < bits.numel() else sums
+    sums = [weighted(part.view(-1, BLOCK)) for part in bits[:whole].split(CHUNK)]
+    return torch.cat([*sums, weighted(bits[whole:][None])] if whole < bits.numel() else sums)
+
+
+def weighted(rows: Tensor) -> Tensor:
+    """Σ_k (2k + 1) · row[k] mod 2⁶⁴: odd weights see every single edit, and order counts."""
+    weights = _odd(rows.device, rows.shape[1])
+    if rows.is_cuda:  # which has no product of int64
+        return (rows.to(torch.int64) * weights).sum(1)
+    return torch.mv(rows.to(torch.int64), weights)
+
+
+@cache
+def _odd(device: torch.device, count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, 2 * count, 2, device=device)
 
 
 def _bits(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from mpq_fx.passes.canonicalize.einsum import spell_einsum
 from mpq_fx.passes.canonicalize.identities import remove_identities
 from mpq_fx.passes.canonicalize.linear import spell_linear
 from mpq_fx.passes.canonicalize.linear_bias import merge_linear_bias
+from mpq_fx.passes.canonicalize.linear_left import spell_left_linear
 from mpq_fx.passes.lower.kernel import with_kernels
 from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.reference import REFERENCE
@@ -33,6 +34,7 @@ CANONICALIZE: tuple[Pass, ...] = (
     spell_convolutions,
     spell_batch_norm,
     spell_linear,
+    spell_left_linear,
     spell_einsum,
     merge_linear_bias,  # after every spelling of linear
     fold_batch_norm,  # last: it needs one spelling of what it folds, and of what it folds into

@@ -130,10 +130,10 @@ def test_the_quick_demo_plans_a_net_and_writes_its_page(tmp_path, isolated):
     for words in (EAGER, "mpq, tolerance bf16", "mpq, tolerance 0.02", "test accuracy", "int8"):
         assert words in done.stdout
     assert "× eager" not in done.stdout, "the reference target has no speed"
-    (page,) = (tmp_path / "pages").iterdir()
-    text = page.read_text()
-    assert "mpq, tolerance bf16" in text
-    assert "mpq, tolerance 0.02" in text
+    pages = {path.name: path.read_text() for path in (tmp_path / "pages").iterdir()}
+    assert sorted(pages) == ["cnn-0.02.html", "cnn.html"]
+    assert "cnn: mpq, tolerance bf16" in pages["cnn.html"]
+    assert "cnn: mpq, tolerance 0.02" in pages["cnn-0.02.html"]
 
 
 def test_progress_is_for_terminals_only(capsys):

@@ -19,7 +19,7 @@ NOTE = (
 
 
 def main(*, progress: bool = True, output: Path = OUTPUT, quick: bool = False) -> None:
-    """Plan and measure each net, print a table for it, and write one HTML page for it.
+    """Plan and measure each net, print a table for it, and write an HTML page for each plan.
 
     `quick` takes one net on the reference target: it checks that everything runs, in seconds, and
     measures no time.  Raises UnsupportedError where the test extra is not installed.
@@ -47,7 +47,7 @@ def _show(name: str, console: Console, *, progress: bool, output: Path, quick: b
             say=lambda text: say(f"{name}: {text}"),
         )
     console.print(table(subject.title, found))
-    console.print(f"report: {written(name, found, output)}\n", markup=False)
+    console.print(f"reports: {', '.join(map(str, written(name, found, output)))}\n", markup=False)
 
 
 def _tolerances(quick: bool) -> Sequence[str | float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from mpq_fx.demo.variants import EAGER, INDUCTOR, Measurement
-from mpq_fx.report import Entry, Report, coverage, report_of
+from mpq_fx.report import Entry, Report, coverage
 
 
 def table(title: str, measurements: Sequence[Measurement]) -> Table:
@@ -59,11 +60,17 @@ def precisions(found: Measurement) -> str:
     return ", ".join(kept) + runs
 
 
-def written(name: str, measurements: Sequence[Measurement], folder: Path) -> Path:
-    """One HTML page per net: a section for each tolerance."""
-    plans = [(m.name, m.plan, "") for m in measurements if m.plan is not None]
+def written(name: str, measurements: Sequence[Measurement], folder: Path) -> list[Path]:
+    """One HTML page for each plan of a net; that of the first tolerance has the net's own name."""
     folder.mkdir(parents=True, exist_ok=True)
-    return report_of(plans).to_html(folder / f"{name}.html")
+    pages = []
+    for found in measurements:
+        if found.report is None:
+            continue
+        page = f"{name}-{found.name.rpartition(' ')[2]}" if pages else name
+        # Dynamo's counters are of the process: they tell of every variant, not of this plan.
+        pages.append(replace(found.report, dynamo={}).to_html(folder / f"{page}.html"))
+    return pages
 
 
 def machine() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,11 @@ def quantized(subject: Subject, config: Config) -> Variant:
     if len(plans) != 1:
         reasons = "; ".join(entry.reason for entry in report.entries) or "no graph was captured"
         raise UnsupportedError(f"{subject.name} has {len(plans)} plans and not one: {reasons}")
-    return Variant(f"mpq, tolerance {config.tolerance}", compiled, report=report, plan=plans[0])
+    name = f"mpq, tolerance {config.tolerance}"
+    labeled = replace(
+        report, entries=tuple(replace(e, label=f"{subject.name}: {name}") for e in report.entries)
+    )
+    return Variant(name, compiled, report=labeled, plan=plans[0])
 
 
 def judged(subject: Subject, variants: Sequence[Variant], seconds: float) -> list[Measurement]:

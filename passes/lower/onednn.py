@@ -104,7 +104,8 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
     weight = (packed, flat(node, sw), flat(node, zw))
     if sx.op == "get_attr":
-        scales = (scalar(gm, sx), int(scalar(gm, zx)))
+        x, zero = unsigned(node, x, int(scalar(gm, zx)), x_name)
+        scales = (scalar(gm, sx), zero)
         output = output_of(gm, tail)
         return _qlinear(node, x, scales, weight, owned(node, bias), output, tail.post), QLINEAR
     y = _qlinear(node, x, (1.0, 0), weight, None, (1.0, 0, torch.float32), Post())
@@ -114,8 +115,9 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
 
 def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
-    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, *_) = arguments(node)
-    scale, zero = scalar(gm, sx), int(scalar(gm, zx))
+    (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, name, *_) = arguments(node)
+    x, zero = unsigned(node, x, int(scalar(gm, zx)), name)
+    scale = scalar(gm, sx)
     out_scale, out_zero, out_dtype = output_of(gm, tail)
     scales, window = flat(node, sw), (stride, padding, dilation, groups)
     shape = [hint(size) for size in value(x).shape]
@@ -143,6 +145,21 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
         ),
     )
     return y, "onednn.qconv_pointwise"
+
+
+def unsigned(anchor: Node, x: Node, zero: int, name: str) -> tuple[Node, int]:
+    """Signed codes of fewer than 8 bits as unsigned ones around their middle.
+
+    Given int8 operands, a CPU without VNNI shifts them by 128 and its int16 sums saturate; shifted
+    by half their own range they do not.
+    """
+    fmt = format_named(name)
+    if fmt.dtype != torch.int8 or fmt.element.bits == 8:
+        return x, zero
+    middle = 1 << (fmt.element.bits - 1)
+    wide = insert_call(anchor, CAST, (x, torch.int32))
+    shifted = insert_call(anchor, aten.add.Tensor, (wide, middle))
+    return insert_call(anchor, CAST, (shifted, torch.uint8)), zero + middle
 
 
 def output_of(gm: GraphModule, tail: Tail) -> tuple[float, int, torch.dtype]:
@@ -268,8 +285,8 @@ def _qlinear(  # noqa: PLR0913 - the operands of oneDNN's op
 def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Node, str]:
     """x · (codes · scale) for a few rows: the codes are read once and widened in registers."""
     rows = insert_call(node, aten.reshape.default, (x, [-1, value(x).shape[-1]]))
-    scales = cast_to(node, flat(node, sw), value(x).dtype)
-    y = insert_call(node, aten._weight_int8pack_mm.default, (rows, w, scales))
+    rows = cast_to(node, rows, torch.float32)  # bfloat16 rows would round the scales as well
+    y = insert_call(node, aten._weight_int8pack_mm.default, (rows, w, flat(node, sw)))
     y = insert_call(node, aten.reshape.default, (y, [*value(x).shape[:-1], value(w).shape[0]]))
     y = y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))
     return y, "aten._weight_int8pack_mm"

@@ -34,11 +34,9 @@ def conversion(x: Tensor | None, site: Site, choice: Choice) -> float:
     if x is None or site.op == "residual" or choice.activation == site.dtype:
         return 0.0
     if choice.scaling == "static":
-        return milliseconds(lambda: torch.quantize_per_tensor(x, 0.1, 128, torch.quint8))
+        return milliseconds(lambda: x.to(torch.uint8))
     if choice.scaling == "dynamic":
-        return milliseconds(
-            lambda: (torch.aminmax(x), torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
-        )
+        return milliseconds(lambda: (torch.aminmax(x), x.to(torch.int8)))
     return milliseconds(lambda: x.to(torch.bfloat16))
 
 
@@ -49,8 +47,8 @@ def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     if choice.scaling == "none":
         dtype = getattr(torch, choice.activation)
         if choice.weight != choice.activation:
-            codes, scales = w.to(torch.int8), torch.ones(n, dtype=dtype)
-            return lambda: aten._weight_int8pack_mm(x.to(dtype), codes, scales)
+            codes, scales = w.to(torch.int8), torch.ones(n)
+            return lambda: aten._weight_int8pack_mm(x, codes, scales)
         packed = mkldnn._reorder_linear_weight(w.to(dtype), x.shape[0])
         args = (x.to(dtype), packed, bias.to(dtype), "none", [], "")
         return lambda: mkldnn._linear_pointwise(*args)

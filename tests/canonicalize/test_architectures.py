@@ -52,8 +52,7 @@ def test_a_decode_loop_writes_its_cache():
         for (ids,) in steps:
             assert worst([compiled(ids, cache)], [net(ids, expected)]) <= 1e-6
             for got, want in zip(cache.layers, expected.layers, strict=True):
-                assert torch.equal(got.keys, want.keys)
-                assert torch.equal(got.values, want.values)
+                assert worst([got.keys, got.values], [want.keys, want.values]) <= 1e-6
     assert not [captured.refusal for captured in toy.captured if captured.refusal]
     assert len(toy.captured[-1].mutated) >= 4, "keys and values of two layers"
     calls = ops(toy.graph).split()

@@ -40,6 +40,9 @@ LINEAR = {
     "mm": (lambda x, w: torch.mm(x, w), ROWS, (V,), "t linear"),
     "x @ w + b": (lambda x, w, b: x @ w.permute(1, 0) + b, X, (W, B), "linear"),
     "b + linear": (lambda x, w, b: b + functional.linear(x, w), X, (W, B), "linear"),
+    "w @ x.mT, as in Mamba": (
+        lambda x, w: w @ x.transpose(1, 2), X, (W,), "linear transpose",
+    ),
     "one row": (lambda x, w: x @ w, values(4), (V,), "t linear"),
     "einsum bsd,hd": (lambda x, w: torch.einsum("bsd,hd->bsh", x, w), X, (W,), "linear"),
     "einsum bsd,dh": (lambda x, w: torch.einsum("bsd,dh->bsh", x, w), X, (V,), "permute linear"),

@@ -1,0 +1,235 @@
+"""Target "cpu": the callee stands in the final graph, equals the reference, can be refreshed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import mpq_fx
+from mpq_fx.capture import capture
+from mpq_fx.facts import Choice
+from mpq_fx.formats import format_named
+from mpq_fx.graph import clone, mark_weights, ops, run_passes
+from mpq_fx.numerics import relative_rms
+from mpq_fx.passes import CANONICALIZE
+from mpq_fx.passes.analyze.observe import observe, static_scales
+from mpq_fx.passes.analyze.replay import replayer
+from mpq_fx.passes.analyze.sites import find_sites
+from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower.constants import evaluate, fold_constants
+from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC, STATIC7, WEIGHT
+from mpq_fx.passes.rewrite import rewrite
+from mpq_fx.registry import bindings_of
+
+pytestmark = pytest.mark.onednn
+LIMIT = 2**-8 + 1024**0.5 * 2**-24  # style R9, with a bfloat16 result allowed on the way
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 32)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Strided, padded and depthwise convolutions, a pooling, and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.wise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 12, 3, dilation=2, padding=2)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu(self.norm(self.stem(x))), 2)
+        x = torch.relu(x + self.point(torch.relu(self.wise(x))))
+        return self.last(x)
+
+
+class Lowered:
+    """One model lowered twice with the same choices: mpq:: ops, and oneDNN's, both run eagerly."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, wanted: Choice) -> None:
+        self.model, self.found = model.eval(), []
+        torch.manual_seed(0)
+        with torch.no_grad():
+            torch.compile(self.model, backend=self._backend)(x)
+        gm, inputs = self.found
+        self.parameters = {
+            n.name: v
+            for n, v in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+            if isinstance(v, nn.Parameter) or v is not x
+        }
+        self.inputs, self.sites = inputs, find_sites(gm, self.paths)
+        replay = replayer(gm, self.sites, self.parameters)
+        formats = [format_named(wanted.activation)] if wanted.scaling == "static" else []
+        with torch.no_grad():
+            scales = static_scales(observe(replay, [inputs]), formats)
+        choices = {s.name: wanted for s in self.sites if wanted in ONEDNN.choices.get(s.op, ())}
+        self.reference, _ = clone(gm)
+        rewrite(self.reference, self.sites, choices, scales)
+        self.lowered, _ = clone(self.reference)
+        self.kernels = ONEDNN.lower(self.lowered)
+        with torch.no_grad():
+            self.folded = fold_constants(self.lowered, self.parameters)
+
+    def _backend(self, gm, inputs):
+        captured = capture(gm, inputs)
+        assert not captured.refusal
+        mark_weights(captured.gm, captured.parameters)
+        run_passes(captured.gm, CANONICALIZE)
+        self.found, self.paths = (captured.gm, inputs), captured.parameters
+        return gm.forward
+
+    def error(self) -> float:
+        small = [getattr(self.folded.gm, name) for name in self.folded.passed]
+        with torch.no_grad():
+            want = self.reference(*self.inputs)[0]
+            got = self.folded.gm(*[self.inputs[k] for k in self.folded.live], *small)[0]
+        return relative_rms(got, want)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 64)
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("choice", "callee"),
+    [
+        (BF16, "mkldnn._linear_pointwise"),
+        (STATIC, "onednn.qlinear_pointwise"),
+        (DYNAMIC, "onednn.qlinear_pointwise"),
+        (STATIC7, "onednn.qlinear_pointwise"),
+        (WEIGHT, "_weight_int8pack_mm"),
+    ],
+    ids=str,
+)
+def test_a_linear_runs_in_its_callee_and_equals_the_reference(isolated, x, choice, callee):
+    made = Lowered(Mlp(), x, choice)
+    assert ops(made.folded.gm).count(callee) == 2
+    assert "mpq." not in ops(made.folded.gm)
+    assert made.error() <= LIMIT
+
+
+@pytest.mark.parametrize("choice", [BF16, STATIC, STATIC7], ids=str)
+def test_a_convolution_runs_in_its_callee_and_equals_the_reference(isolated, image, choice):
+    made = Lowered(Net(), image, choice)
+    callee = "mkldnn._convolution_pointwise" if choice is BF16 else "onednn.qconv_pointwise"
+    assert ops(made.folded.gm).count(callee) == 4
+    assert made.error() <= (2 * LIMIT if choice is BF16 else LIMIT)
+
+
+def test_an_activation_and_the_next_quantization_run_inside_the_kernel(isolated, x):
+    graph = ops(Lowered(Mlp(), x, STATIC).folded.gm)
+    between = graph.split("onednn.qlinear_pointwise")[1]
+    assert "gelu" not in graph
+    assert between.strip() == ""
+
+
+@pytest.mark.parametrize("bug", ["scale", "codes", "bias"])
+def test_the_comparison_bites(isolated, x, bug):
+    made = Lowered(Mlp(), x, STATIC)
+    vectors = [
+        t for n, t in made.folded.gm.named_buffers() if n.startswith("constant") and not t.is_mkldnn
+    ]
+    with torch.no_grad():
+        if bug == "scale":
+            next(t for t in vectors if t.dim() == 1 and t.dtype == torch.float32).mul_(1.05)
+        elif bug == "bias":
+            next(t for t in vectors if t.shape == (32,) and t.min() < 0).add_(0.05)
+        else:
+            made.model.down.weight[:, :8] = 0
+            return_codes = made.error()
+            assert return_codes > LIMIT
+            return
+    assert made.error() > LIMIT
+
+
+@pytest.mark.parametrize("choice", [BF16, STATIC, DYNAMIC], ids=str)
+def test_every_constant_follows_its_weight(isolated, x, choice):
+    made = Lowered(Mlp(), x, choice)
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.mul_(-1.5)
+        fresh = evaluate(made.lowered, made.folded.recipes, made.parameters)
+        for name, value in fresh.items():
+            getattr(made.folded.gm, name).copy_(value)
+    assert made.error() <= LIMIT
+
+
+def test_an_int8_choice_is_refused_where_it_would_saturate(monkeypatch):
+    site = find_site()
+    monkeypatch.setattr(cpu, "has", lambda name: name in ("avx2", "avx512"))
+    assert any("saturates" in reason for reason in ONEDNN.refuse(site, STATIC))
+    assert not list(ONEDNN.refuse(site, STATIC7))
+
+
+def find_site():
+    from mpq_fx.facts import Site
+
+    return Site("a", "linear", "a", input_shape=(4, 64), weight_shape=(32, 64))
+
+
+PROGRAM = """
+import torch
+from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower.onednn import ONEDNN, STATIC, STATIC7
+from mpq_fx.facts import Site
+site = Site("a", "linear", "a", input_shape=(4, 256), weight_shape=(32, 256))
+refused = bool(list(ONEDNN.refuse(site, STATIC)))
+codes = torch.full((4, 256), 127, dtype=torch.uint8)          # 63 + 64: the largest 7-bit code
+w = torch.full((32, 256), 127, dtype=torch.int8)
+packed = torch.ops.onednn.qlinear_prepack(w, None)
+y = torch.ops.onednn.qlinear_pointwise.default(
+    codes, 1.0, 64, packed, torch.ones(32), torch.zeros(32, dtype=torch.int32), None, 1.0, 0,
+    torch.float32, "none", [], "none")
+print(refused, bool((y == 63 * 127 * 256).all()))
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX512_CORE", "AVX2"])
+def test_saturated_codes_are_exact_or_refused_under_an_older_instruction_set(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["True", "True"], run.stdout + run.stderr
+
+
+@pytest.mark.timeout(300)
+def test_compiled_by_inductor_it_is_refreshed_without_recompiling(isolated, x):
+    model = Mlp().eval()
+    options = {"target": "cpu", "tolerance": 0.1, "calibration_calls": 3, "formats": ["int8"]}
+    compiled = torch.compile(model, backend="mpq", options=options)
+    with torch.inference_mode():
+        for seed in range(3):
+            compiled(torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)))
+    ((_, binding),) = bindings_of(compiled)
+    assert binding.plan is not None
+    before = binding.installed
+    with torch.no_grad():
+        model.up.weight.mul_(-2)
+        model.down.bias.add_(1)
+    with torch.inference_mode():
+        assert relative_rms(compiled(x), model(x)) < 0.1
+    assert binding.installed is before
+    assert mpq_fx.refresh(compiled) == []

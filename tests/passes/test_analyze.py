@@ -1,0 +1,211 @@
+"""Replays, statistics and the error table against the slow and obvious computation."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq_fx.errors import CalibrationError
+from mpq_fx.facts import Choice, Site
+from mpq_fx.formats import format_named
+from mpq_fx.numerics import fake_quantize, relative_rms, scale_and_zero
+from mpq_fx.passes.analyze.cost import sizes
+from mpq_fx.passes.analyze.observe import (
+    least_noise,
+    merge,
+    minmax,
+    observe,
+    percentile,
+    static_scales,
+    statistics,
+)
+from mpq_fx.passes.analyze.replay import output_error, run_in
+from mpq_fx.passes.analyze.sensitivity import measured_singles
+
+FLOAT, BF16 = Choice("float32", "float32"), Choice("bfloat16", "bfloat16")
+DYNAMIC, STATIC = Choice("int8", "int8", "dynamic"), Choice("int8", "uint8_tensor", "static")
+LINEAR = Site("a", "linear", "a")
+UINT8 = format_named("uint8_tensor")
+
+
+def seen(x: torch.Tensor, op: str = "linear"):
+    return statistics(x, replace(LINEAR, op=op))
+
+
+# --- replay ------------------------------------------------------------------------------------
+
+
+def test_a_replay_without_choices_is_the_graph(net):
+    replay = net.replay()
+    for call in net.calls:
+        for found, wanted in zip(replay.run(call, {}), net.gm(*call), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_replay_keeps_nothing_but_constants_and_outputs(net):
+    replay = net.replay()
+    env = replay.start(net.calls[0])
+    for node in replay.gm.graph.nodes:
+        if node.op != "output":
+            replay.step(env, node, {})
+    outputs = set(next(iter(reversed(replay.gm.graph.nodes))).all_input_nodes)
+    assert set(env) <= outputs | set(replay.constants)
+
+
+def test_a_choice_computes_its_site_as_fake_quantization_says(net):
+    up, down = net.sites
+    x, w_up, w_down, bias = net.calls[0]
+    y = fake_quantize(x, format_named("int8")) @ fake_quantize(w_up, format_named("int8")).T
+    wanted = torch.nn.functional.gelu(y) @ w_down.T + bias
+    found = net.replay().run(net.calls[0], {up.name: DYNAMIC})
+    torch.testing.assert_close(found[0], torch.relu(x + wanted))
+    assert down.op == "linear"
+
+
+def test_the_yardstick_is_the_function_in_bfloat16(net):
+    x, *weights = net.calls[0]
+    halves = net.gm(x.bfloat16(), *(w.bfloat16() for w in weights))
+    found = run_in(net.replay(), net.calls[0], torch.bfloat16)
+    assert torch.equal(found[0], halves[0])
+
+
+def test_the_error_is_the_worst_over_floating_and_complex_outputs():
+    ref = [torch.ones(4), torch.arange(3), torch.ones(2, dtype=torch.complex64), torch.empty(0)]
+    off = [torch.ones(4) * 1.1, torch.arange(3) + 5, ref[2] * (1 + 0.2j), torch.empty(0)]
+    assert output_error(off, ref) == pytest.approx(0.2)
+    assert output_error(off, ref, frozenset({2})) == pytest.approx(0.1)
+    assert output_error(off, ref, frozenset({0, 2})) == 0.0
+
+
+# --- the error table ---------------------------------------------------------------------------
+
+
+def test_singles_with_a_shared_prefix_equal_one_replay_per_choice(net):
+    replay = net.replay()
+    observed = observe(replay, net.calls)
+    replay = replace(replay, scales=static_scales(observed, [UINT8]))
+    options = {site.name: (FLOAT, BF16, DYNAMIC, STATIC) for site in net.sites}
+    table = measured_singles(replay, options, net.calls)
+    for site in net.sites:
+        for choice in options[site.name]:
+            errors = [
+                output_error(replay.run(call, {site.name: choice}), replay.run(call, {})) ** 2
+                for call in net.calls
+            ]
+            key = site.name, choice.name
+            assert table.values[key] == pytest.approx(sum(errors) / len(errors), rel=1e-9)
+            assert table.spread[key] == pytest.approx(max(errors) - min(errors), rel=1e-9)
+    assert all(table.values[site.name, FLOAT.name] == 0.0 for site in net.sites)
+    assert all(table.values[site.name, DYNAMIC.name] > 0.0 for site in net.sites)
+    assert table.provenance["records"] == 3
+
+
+def test_past_the_deadline_the_table_rests_on_one_call_and_says_so(net):
+    options = {site.name: (FLOAT, BF16) for site in net.sites}
+    table = measured_singles(net.replay(), options, net.calls, deadline=time.monotonic() - 1)
+    assert (table.provenance["records"], table.provenance["of"]) == (1, 3)
+    assert set(table.values) == {(s.name, c.name) for s in net.sites for c in (FLOAT, BF16)}
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_all_calls_together(net):
+    observed = observe(net.replay(), net.calls)
+    first = net.sites[0]
+    x = torch.cat([call[0] for call in net.calls])
+    found = observed[first.name]
+    assert (found.minimum, found.maximum) == (x.min().item(), x.max().item())
+    assert found.mean == pytest.approx(x.mean().item(), abs=1e-6)
+    assert found.variance == pytest.approx(x.var(correction=0).item(), rel=1e-5)
+    assert torch.equal(found.channel_absmax, x.abs().amax(0))
+    assert torch.equal(found.token_absmax, x.abs().amax(1))
+    assert found.calls == 3
+    assert set(observed) == {site.name for site in net.sites}
+
+
+def test_channels_of_a_convolution_are_its_second_dimension():
+    x = torch.ones(2, 3, 4, 4)
+    x[:, 1] = 9.0
+    found = seen(x, "conv")
+    assert found.channel_absmax.tolist() == [1.0, 9.0, 1.0]
+    assert found.token_absmax.shape == (2 * 4 * 4,)
+
+
+def test_the_outlier_score_is_the_loudest_channel_over_the_median():
+    x = torch.ones(5, 8)
+    x[2, 3], x[1, 6] = -50.0, 7.0
+    found = seen(x)
+    assert found.outlier_score == 50.0
+    assert found.outlier_channels.tolist() == [3, 6]
+    assert seen(torch.ones(2, 4)).outlier_score == 1.0
+    assert seen(torch.zeros(2, 4)).outlier_score == math.inf
+
+
+def test_nan_in_an_activation_names_the_site():
+    with pytest.raises(CalibrationError, match="the input of a holds NaN or inf"):
+        seen(torch.tensor([[1.0, float("nan")]]))
+
+
+# --- static ranges -----------------------------------------------------------------------------
+
+
+def test_minmax_covers_everything_seen():
+    found = merge([seen(torch.tensor([[-1.0, 2.0]])), seen(torch.tensor([[0.5, 3.0]]))])
+    scale, zero = minmax(found, UINT8)
+    wanted = scale_and_zero(torch.tensor([-1.0, 3.0]), UINT8)
+    assert torch.equal(scale, wanted[0])
+    assert torch.equal(zero, wanted[1])
+
+
+def test_a_percentile_cuts_equally_at_both_ends():
+    ordered = torch.arange(-500.0, 501.0)
+    scale, _ = percentile(ordered, UINT8, 90.0)
+    wanted, _ = scale_and_zero(torch.tensor([-450.0, 450.0]), UINT8)
+    assert scale.item() == pytest.approx(wanted.item(), rel=0.01)
+
+
+@given(st.floats(1.0, 200.0), st.integers(0, 1000))
+def test_no_candidate_has_less_noise_than_the_range_that_is_picked(loud, number):
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(number))
+    x[0, 0] = loud
+    found = seen(x)
+    scale, zero, _ = least_noise(found, UINT8)
+
+    def noise(scale, zero) -> float:
+        return relative_rms(fake_quantize(found.sample, UINT8, scale, zero), found.sample)
+
+    ordered = found.sample.sort().values
+    others = [minmax(found, UINT8)]
+    others += [percentile(ordered, UINT8, p) for p in (99.9, 99.99, 99.999)]
+    assert all(noise(scale, zero) <= noise(*other) * (1 + 1e-6) for other in others)
+
+
+def test_a_lone_outlier_is_cut_off_where_that_costs_less():
+    calls = [torch.randn(256, 64, generator=torch.Generator().manual_seed(k)) for k in range(10)]
+    quiet = least_noise(merge(list(map(seen, calls))), UINT8)[0]
+    calls[3][0, 0] = 30.0
+    found = merge(list(map(seen, calls)))
+    scale, _, name = least_noise(found, UINT8)
+    assert name != "minmax"
+    assert quiet < scale < minmax(found, UINT8)[0]
+
+
+# --- exact costs -------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_stored_and_bits_are_shares_of_the_mean(net):
+    options = {site.name: (FLOAT, BF16, DYNAMIC) for site in net.sites}
+    tables = sizes(tuple(net.sites), options)
+    up, down = (site.name for site in net.sites)
+    assert tables["size"].values[up, "float32"] == 4 * 24 * 16
+    assert tables["size"].values[up, DYNAMIC.name] == 24 * 16 + 4 * 24  # codes, scale per row
+    mean = sum(tables["bits"].values[name, "bfloat16"] for name in (up, down))
+    assert mean == 16.0
+    assert tables["bops"].values[up, DYNAMIC.name] == 5 * 24 * 16 * 64

@@ -1,0 +1,108 @@
+"""Bisection on a synthetic error, and the race that decides what runs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes.allocate import Solution
+from mpq_fx.verify import MARGIN, ROUNDS, Timing, bisect, pick, race
+
+STEPS = 200
+
+
+def solved(level: int) -> Solution:
+    values = {"latency": float(STEPS - level), "error": float(level)}
+    objective = ("latency", "error")
+    return Solution({"a": str(level)}, values, "OPTIMAL", objective, dict(values), 0.0)
+
+
+class World:
+    """Level k costs STEPS - k ms and (k / STEPS)² of predicted noise; `true` is its real error."""
+
+    def __init__(self, true, least: int = 0) -> None:
+        self.true, self.least, self.asked = true, least, []
+
+    def solve(self, budget: float) -> Solution:
+        level = int(min(STEPS, budget**0.5 * STEPS + 1e-9))
+        if level < self.least:
+            raise InfeasibleError("budgets forbid it")
+        return solved(level)
+
+    def measure(self, assignment) -> float:
+        self.asked.append(int(assignment["a"]))
+        return self.true(self.asked[-1] / STEPS)
+
+    def bisect(self, tolerance: float, **options):
+        return bisect(self.solve, self.measure, tolerance, start=tolerance, **options)
+
+
+@given(st.floats(0.2, 5.0), st.floats(0.02, 0.5))
+def test_the_plan_meets_the_tolerance_and_nearly_uses_it(factor, tolerance):
+    """Whatever constant factor the prediction is wrong by."""
+    world = World(lambda error: factor * error)
+    found = world.bisect(tolerance)
+    assert found.error <= tolerance
+    ideal = min(tolerance / factor, 1.0)
+    assert int(found.solution.assignment["a"]) / STEPS >= 0.75 * ideal - 2 / STEPS
+    assert len(world.asked) <= ROUNDS
+
+
+def test_no_assignment_is_measured_twice():
+    world = World(lambda error: 3 * error)
+    world.bisect(0.1)
+    assert len(world.asked) == len(set(world.asked))
+
+
+def test_among_those_that_fit_the_best_objective_wins_not_the_last():
+    found = World(lambda error: 0.0 if error < 0.3 else 1.0).bisect(0.1)
+    assert found.error == 0.0
+    assert found.solution.assignment["a"] in {str(k) for k in range(30, 60)}
+
+
+def test_when_only_float_is_exact_enough_float_is_the_plan():
+    found = World(lambda error: 0.0 if error == 0 else 9.0).bisect(0.1)
+    assert found.solution.assignment == {"a": "0"}
+
+
+def test_nothing_is_found_when_even_the_exact_plan_misses():
+    assert World(lambda error: 9.0).bisect(0.1) is None
+
+
+def test_budgets_that_forbid_a_smaller_error_end_in_their_own_words():
+    with pytest.raises(InfeasibleError, match="budgets forbid it"):
+        World(lambda error: 9.0, least=20).bisect(0.1)
+
+
+def test_out_of_time_the_first_round_counts():
+    world = World(lambda error: 0.5 * error)
+    found = world.bisect(0.1, is_past=lambda: True)
+    assert len(world.asked) == 1
+    assert found.scale == 1.0
+
+
+def timing(ms: float) -> Timing:
+    return Timing(ms, ms, ms)
+
+
+def test_the_earlier_variant_wins_unless_a_later_one_is_faster_by_the_margin():
+    order = ["plan", "b", "c"]
+    assert pick({"plan": timing(10), "b": timing(10), "c": timing(9.9)}, order) == "plan"
+    assert pick({"plan": timing(10), "b": timing(9), "c": timing(8.95)}, order) == "b"
+    assert pick({"plan": timing(10), "b": timing(9), "c": timing(8)}, order) == "c"
+    assert pick({"plan": timing(10), "b": timing(10 * (1 - MARGIN))}, order[:2]) == "plan"
+
+
+def test_a_race_warms_up_and_takes_turns():
+    log = []
+    found = race({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, rounds=4)
+    assert log == [*"aabb", *"aabb" * 4]
+    assert all(t.low <= t.median <= t.high for t in found.values())
+
+
+def test_a_race_that_runs_out_of_time_still_has_three_rounds():
+    log = []
+    race({"a": lambda: log.append("a")}, rounds=50, seconds=-1.0)
+    assert len(log) == 2 + 2 * 3
