@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 CALLS = 3  # timed in each round, after one that is not
+GRACE = 2.0  # seconds to end by itself, before a worker that still builds is ended
 REASON = 300  # characters of an error that are kept
 
 
@@ -66,7 +67,8 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.connection.close()
+        self.connection.close()  # which ends a worker that waits for requests
+        self._process.join(GRACE)
         self._process.terminate()
         self._process.join()
         self._folder.cleanup()

@@ -34,6 +34,7 @@ class Installed:
     passed: tuple[Tensor, ...]  # small constants, passed behind those
     constants: GraphModule  # owns the buffers that `run` reads
     live_names: tuple[str, ...]  # placeholders at those positions
+    derived: tuple[Callable[[], None], ...]  # to be redone after a constant was refreshed
     source: GraphModule  # the graph the recipes compute in
     recipes: tuple[Recipe, ...] = ()
     accepts: Callable[[Sequence[Any]], bool] = lambda args: True  # sizes this compilation is for
@@ -107,6 +108,8 @@ class Binding:
         with torch.inference_mode(False), torch.no_grad():
             for name, value in fresh.items():
                 getattr(self.installed.constants, name).copy_(value)
+            for redo in self.installed.derived if touched else ():
+                redo()
 
 
 def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:

@@ -8,7 +8,6 @@ These three and dynamo.py are the only files that touch PyTorch's private API.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from mpq_fx.explicit import make_explicit, mutated_inputs, mutates
-from mpq_fx.graph import placeholders
+from mpq_fx.graph import placeholders, qualified
 from mpq_fx.retrace import RefusedError, is_lost, retrace, user_line
 
 ASSERT = torch.ops.aten._assert_tensor_metadata.default
@@ -84,14 +83,6 @@ def _source_name(node: Node) -> str:
         source = node.meta["grapharg"].source
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
-
-
-def qualified(source: str) -> str:
-    """L['self']._modules['encoder']._modules['0']._parameters['weight'] -> encoder.0.weight"""
-    source = re.sub(r"^[LG]\['(self|fn)'\]", "", source)
-    source = re.sub(r"^[LG](?=\[)", "", source)
-    source = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", source)
-    return re.sub(r"\['?([^]']*)'?\]", r".\1", source).strip(".")
 
 
 def _refuse_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> None:

@@ -50,6 +50,7 @@ def describe(
         latency_ms={name: t.median for name, t in settled.timings.items()},
         errors=settled.errors,
         winner=winner.name,
+        thorough=winner.thorough,
         budgets=settled.found.budgets,
         baseline=settled.found.baseline,
         tables=tables,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -89,24 +90,15 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = [*stack.values()][-1][0]
-    return clean_path(path)
+    return qualified(path)
 
 
-def clean_path(path: str) -> str:
-    """L['self']._modules['encoder']._modules['0'] -> encoder.0"""
-    for old, new in (
-        ("L['self']", ""),
-        ("L['fn']", ""),
-        ("._modules", ""),
-        ("._parameters", ""),
-        ("._buffers", ""),
-        ("['", "."),
-        ("']", ""),
-        ("[", "."),
-        ("]", ""),
-    ):
-        path = path.replace(old, new)
-    return path.strip(".")
+def qualified(source: str) -> str:
+    """L['self']._modules['encoder']._modules['0']._parameters['weight'] -> encoder.0.weight"""
+    source = re.sub(r"^[LG]\['(self|fn)'\]", "", source)
+    source = re.sub(r"^[LG](?=\[)", "", source)
+    source = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", source)
+    return re.sub(r"\['?([^]']*)'?\]", r".\1", source).strip(".")
 
 
 def insert_call(

@@ -32,7 +32,12 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
     }
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         installed, _ = lower(
-            graph, target, binding.values(), choices, scales_of(plan, binding.site_names)
+            graph,
+            target,
+            binding.values(),
+            choices,
+            scales_of(plan, binding.site_names),
+            thorough=plan.thorough,
         )
     binding.install(installed, plan)
 

@@ -30,6 +30,7 @@ from mpq_fx.verify import Timing, pick, race
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+POLISH = 0.75  # share of the time budget after which no further compilation is begun
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
@@ -45,6 +46,7 @@ class Variant:
     installed: Installed | None
     kernels: Kernels
     error: float
+    thorough: bool = False  # compiled with matmul templates
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,38 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
                 for name, v in variants.items()
             }
         )
-    winner = _winner(config, found, variants, timings)
-    return Settled(variants, errors, timings, variants[winner], found)
+    winner = variants[_winner(config, found, variants, timings)]
+    winner, timings = _polished(graph, measured, winner, timings, clock)
+    return Settled(variants, errors, timings, winner, found)
+
+
+def _polished(
+    graph: Graph,
+    measured: Measured,
+    winner: Variant,
+    timings: Mapping[str, Timing],
+    clock: Clock,
+) -> tuple[Variant, Mapping[str, Timing]]:
+    """The winner compiled again with matmul templates, if that is faster and as accurate."""
+    if winner.installed is None:
+        return winner, timings
+    if clock.is_past(POLISH):
+        clock.cut("matmul templates were not tried")
+        return winner, timings
+    with clock.stage("compile with templates"):
+        other = build(graph, measured, winner.name, winner.assignment, thorough=True)
+    if measured.tolerance is not None and other.error > measured.tolerance:
+        return winner, timings
+    record, name = measured.parts.choose[0], f"{winner.name}, templates"
+    assert other.installed is not None
+    with clock.stage("race"):
+        pair = {
+            winner.name: caller(winner.installed, record),
+            name: caller(other.installed, record),
+        }
+        again = race(pair)
+    best = other if pick(again, [winner.name, name]) == name else winner
+    return best, {**timings, **again}
 
 
 def _meet_tolerance(
@@ -183,17 +215,29 @@ def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant])
     return any(same)
 
 
-def build(graph: Graph, measured: Measured, name: str, assignment: Mapping[str, str]) -> Variant:
+def build(
+    graph: Graph,
+    measured: Measured,
+    name: str,
+    assignment: Mapping[str, str],
+    *,
+    thorough: bool = False,
+) -> Variant:
     """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
     choices = parse(measured.proposal, assignment)
     installed, kernels = lower(
-        graph, measured.target, measured.values, choices, measured.replay.scales
+        graph,
+        measured.target,
+        measured.values,
+        choices,
+        measured.replay.scales,
+        thorough=thorough,
     )
     errors = [
         output_error(caller(installed, fresh(record))(), reference, measured.excluded)
         for record, reference in zip(measured.parts.choose, measured.references, strict=True)
     ]
-    return Variant(name, assignment, installed, kernels, max(errors))
+    return Variant(name, assignment, installed, kernels, max(errors), thorough)
 
 
 def lower(
@@ -202,6 +246,8 @@ def lower(
     values: Mapping[str, torch.Tensor],
     choices: Mapping[str, Choice],
     scales: Any,
+    *,
+    thorough: bool = False,
 ) -> tuple[Installed, Kernels]:
     """canonical graph + choices -> compiled callable over owned constants, and its callees."""
     gm, _ = clone(graph.gm)
@@ -210,11 +256,19 @@ def lower(
     folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
     with size_guard(graph.gm) as accepts:
-        run = target.compile(folded.gm, inputs)
+        compiled = target.compile(folded.gm, inputs, thorough)
     live_names = tuple(graph.names[k] for k in folded.live)
     passed = tuple(getattr(folded.gm, name) for name in folded.passed)
     installed = Installed(
-        run, folded.live, passed, folded.gm, live_names, gm, folded.recipes, accepts
+        compiled.run,
+        folded.live,
+        passed,
+        folded.gm,
+        live_names,
+        compiled.derived,
+        gm,
+        folded.recipes,
+        accepts,
     )
     return installed, kernels
 

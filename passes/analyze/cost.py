@@ -35,7 +35,8 @@ def latency(
     values, measured = {}, 0
     for site in sites:
         for choice in options[site.name]:
-            key = f"{site.op} {site.input_shape} {site.weight_shape} {site.dtype} {choice.name}"
+            facts = (site.op, site.input_shape, site.weight_shape, site.attributes, site.dtype)
+            key = f"{facts} {choice.name}"
             if key not in known:
                 known[key] = target.measure(site, choice)
                 measured += 1

@@ -19,6 +19,7 @@ from mpq_fx.facts import Site
 from mpq_fx.formats import Format
 from mpq_fx.numerics import fake_quantize, scale_and_zero
 from mpq_fx.passes.analyze.replay import OPERANDS, Replayer
+from mpq_fx.passes.analyze.sites import OPERANDS as SITE_OPERANDS
 
 READS = ("linear", "conv")  # sites whose input is quantized; of a residual it is the result
 SAMPLE = 1 << 13  # values per call kept for the choice of a static range
@@ -80,8 +81,8 @@ def concrete(replay: Replayer, sites: Sequence[Site], record: Sequence[Any]) -> 
             break
         site = replay.sites.get(node.name)
         if site:
-            operand = env[node.args[OPERANDS.get(site.op, (0, 1))[0]]]
-            shapes[site.name] = tuple(operand.shape)
+            position = SITE_OPERANDS[str(node.target)].activation if site.op != "residual" else 0
+            shapes[site.name] = tuple(env[node.args[position]].shape)
         replay.step(env, node, {})
     return tuple(dataclasses.replace(site, input_shape=shapes[site.name]) for site in sites)
 

@@ -117,34 +117,53 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, name, *_) = arguments(node)
     x, zero = unsigned(node, x, int(scalar(gm, zx)), name)
-    scale = scalar(gm, sx)
-    out_scale, out_zero, out_dtype = output_of(gm, tail)
-    scales, window = flat(node, sw), (stride, padding, dilation, groups)
+    scales, window, output = (
+        flat(node, sw),
+        (stride, padding, dilation, groups),
+        output_of(gm, tail),
+    )
+    if is_pointwise(node, tail):
+        matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
+        packed = pack(node, onednn.qlinear_prepack.default, (matrix, None), value(matrix).t())
+        weight, pixels = (packed, scales, flat(node, zw)), as_rows(node, x, stride)
+        given = (scalar(gm, sx), zero)
+        y = _qlinear(node, pixels, given, weight, owned(node, bias), output, tail.post)
+        return as_maps(node, y), QLINEAR
     shape = [hint(size) for size in value(x).shape]
-    packed = pack(
-        node, onednn.qconv_prepack.default, (w, scales, scale, zero, *window, shape), value(w)
-    )
-    y = insert_call(
-        node,
-        onednn.qconv_pointwise.default,
-        (
-            x,
-            scale,
-            zero,
-            packed,
-            scales,
-            flat(node, zw),
-            owned(node, bias),
-            *window,
-            out_scale,
-            out_zero,
-            out_dtype,
-            tail.post.name,
-            [*tail.post.scalars],
-            "",
-        ),
-    )
+    operands = (w, scales, scalar(gm, sx), zero, *window, shape)
+    packed = pack(node, onednn.qconv_prepack.default, operands, value(w))
+    args = (x, scalar(gm, sx), zero, packed, scales, flat(node, zw), owned(node, bias), *window)
+    tail_args = (*output, tail.post.name, [*tail.post.scalars], "")
+    y = insert_call(node, onednn.qconv_pointwise.default, (*args, *tail_args))
     return y, "onednn.qconv_pointwise"
+
+
+def is_pointwise(node: Node, tail: Tail) -> bool:
+    """A 1x1 convolution is a matmul over pixels, which costs less to call."""
+    weight = value(_window(node)[1])
+    *_, padding, _, groups = _window(node)
+    is_matmul = weight.dim() == 4 and tuple(weight.shape[2:]) == (1, 1) and groups == 1
+    return is_matmul and not any(padding) and tail.post.name in ("none", *LINEAR_POSTS)
+
+
+def _window(node: Node) -> tuple[Any, ...]:
+    """(x, w, b, stride, padding, dilation, groups) of a float or an integer convolution."""
+    args = arguments(node)
+    return (args[0], args[3], *args[6:11]) if node.target is mpq.conv.default else args[:7]
+
+
+def as_rows(anchor: Node, x: Node, stride: Any) -> Node:
+    """[B, C, H, W] -> [B, H', W', C], every stride-th pixel: a view in channels_last."""
+    for dim, step in zip((2, 3), stride, strict=True):
+        if step > 1:
+            args = (x, dim, 0, value(x).shape[dim], step)
+            x = insert_call(anchor, aten.slice.Tensor, args)
+    return insert_call(anchor, aten.permute.default, (x, [0, 2, 3, 1]))
+
+
+def as_maps(anchor: Node, y: Node) -> Node:
+    """[B, H, W, C] -> [B, C, H, W], in channels_last"""
+    return insert_call(anchor, aten.permute.default, (y, [0, 3, 1, 2]))
 
 
 def unsigned(anchor: Node, x: Node, zero: int, name: str) -> tuple[Node, int]:
@@ -193,6 +212,15 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, s
 
 def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     x, w, bias, stride, padding, dilation, groups = arguments(node)
+    post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
+    if is_pointwise(node, tail):
+        matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
+        pixels = as_rows(node, x, stride)
+        rows = math.prod(hint(size) for size in value(pixels).shape[:-1])
+        packed = pack(node, mkldnn._reorder_linear_weight.default, (matrix, rows), value(matrix))
+        args = (pixels, packed, owned(node, bias), *post)
+        y = insert_call(node, mkldnn._linear_pointwise.default, args)
+        return as_maps(node, y), "mkldnn._linear_pointwise"
     shape = [hint(size) for size in value(x).shape]
     packed = pack(
         node,
@@ -200,7 +228,6 @@ def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str
         (w, padding, stride, dilation, groups, shape),
         value(w),
     )
-    post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
     args = (x, packed, owned(node, bias), padding, stride, dilation, groups, *post)
     y = insert_call(node, mkldnn._convolution_pointwise.default, args)
     return y, "mkldnn._convolution_pointwise"

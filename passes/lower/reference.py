@@ -4,7 +4,7 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import FORMATS
 from mpq_fx.graph import SITE
-from mpq_fx.passes.lower.target import Kernels, Target
+from mpq_fx.passes.lower.target import Compiled, Kernels, Target
 
 mpq = torch.ops.mpq
 BF16 = Choice("bfloat16", "bfloat16")
@@ -73,9 +73,15 @@ def lower(gm: GraphModule) -> Kernels:
     }
 
 
-def compile_eager(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], thorough: bool) -> Compiled:
+    """Node by node, outside of the user's autocast: its casts are in the graph already."""
     gm.recompile()
-    return gm.forward
+
+    def run(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return gm.forward(*args)
+
+    return Compiled(run)
 
 
 REFERENCE = Target(

@@ -14,6 +14,15 @@ from torch.fx import GraphModule
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice, Site
 
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a target runs, and what has to be redone after a constant was refreshed."""
+
+    run: Callable[..., Any]
+    derived: tuple[Callable[[], None], ...] = ()
+
+
 Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
 
 
@@ -27,7 +36,7 @@ class Target:
     refuse: Callable[[Site, Choice], Iterator[str]]  # reasons why not this one here
     measure: Callable[[Site, Choice], float]  # ms of one call, conversions included
     lower: Callable[[GraphModule], Kernels]  # target-neutral ops -> callees, in place
-    compile: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+    compile: Callable[[GraphModule, Sequence[Any], bool], Compiled]  # thorough: take more time
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
 

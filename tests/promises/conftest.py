@@ -9,7 +9,8 @@ from torch import nn
 from mpq_fx import Config
 from mpq_fx.registry import bindings_of
 
-OPTIONS = {"target": "reference", "tolerance": 0.1, "calibration_calls": 3}
+FORMATS = ("bfloat16", "int8*int8_asym/dynamic", "int8*uint8_tensor/static")  # few: quickly solved
+OPTIONS = {"target": "reference", "tolerance": 0.1, "calibration_calls": 3, "formats": FORMATS}
 
 
 class Net(nn.Module):

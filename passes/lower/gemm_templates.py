@@ -1,0 +1,98 @@
+"""Inductor's C++ matmul templates, kept refreshable: what they derive from a constant can be redone
+
+A template copies a packed weight into the blocking of its own kernel, and sums its rows for zero
+points, once, while compiling.  `recording` notes each such copy, so that after a weight was edited
+and its constant refreshed, the copy can be made again, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Redo = Callable[[], None]
+
+
+@dataclass
+class _Choice:
+    """The operands of the template that is being instantiated."""
+
+    weight: str = ""
+    nodes: list[str] = field(default_factory=list)
+    is_transposed: bool = False
+
+
+@contextmanager
+def recording() -> Iterator[list[Redo]]:
+    """Collects, while Inductor compiles, one callable per derived constant."""
+    from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate as Template
+
+    found: list[Redo] = []
+    choice = _Choice()
+    add = Template.__dict__["add_choices"].__func__
+    pack = Template.__dict__["prep_weight"].__func__
+
+    def add_choices(
+        cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        order = kwargs.get("input_indices") or list(range(len(input_nodes)))
+        position = order[2] if kwargs.get("has_bias") else order[1]
+        choice.weight = input_nodes[position].get_name()
+        choice.nodes = [node.get_name() for node in input_nodes]
+        choice.is_transposed = kwargs.get("trans_w", False)
+        return add(cls, choices, layout, input_nodes, *args, **kwargs)
+
+    def prep_weight(  # noqa: PLR0913 - the signature of the method it stands for
+        cls: Any,
+        inputs: Any,
+        layout: Any,
+        micro_gemm: Any,
+        block: bool,
+        fast: bool = False,
+        skip_int8_compensation: bool = False,
+    ) -> Any:
+        result = pack(cls, inputs, layout, micro_gemm, block, fast, skip_int8_compensation)
+        if skip_int8_compensation and isinstance(inputs[1], Tensor):  # the copy that will run
+
+            def again(weight: Tensor) -> Tensor:
+                return pack(cls, [None, weight], None, micro_gemm, block, False, True)[0][1]
+
+            found.append(_redo(choice, again, result[0][1]))
+        return result
+
+    kept = Template.__dict__["add_choices"], Template.__dict__["prep_weight"]
+    Template.add_choices, Template.prep_weight = classmethod(add_choices), classmethod(prep_weight)  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        Template.add_choices, Template.prep_weight = kept
+
+
+def _redo(choice: _Choice, pack: Callable[[Tensor], Tensor], packed: Tensor) -> Redo:
+    """packed ← pack(weight); row sums · zero point · scales likewise, where there are some."""
+    from torch._inductor.virtualized import V
+
+    constants = V.graph.constants
+    source, is_transposed = constants[choice.weight], choice.is_transposed
+    sums = constants.get(choice.weight + "_BMatrixCompens")
+    factors = constants.get(choice.weight + "_x_w_compens")
+    names = [*choice.nodes[1:3], *choice.nodes[4:5]]
+    scales = [constants[name] for name in names] if factors is not None else []
+
+    def redo() -> None:
+        weight = source.to_dense() if source.is_mkldnn else source
+        weight = weight.t() if is_transposed else weight
+        packed.copy_(pack(weight))
+        if factors is not None:
+            x_scale, zero, w_scale = scales
+            torch.mul(x_scale, w_scale, out=factors)
+        if sums is not None:
+            rows = weight.float().sum(0)
+            sums.copy_(rows * factors * zero if factors is not None else rows)
+
+    return redo
