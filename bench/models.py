@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Inputs = tuple[Tensor, ...]
 SIZES = ("full", "tiny")
 BATCHES = (1, 8)
-NORM_CALLS = 2  # calls whose averages become the statistics of batch norm
+NORM_CALLS = 2  # calls in training mode, which move the statistics of batch norm
 WARM_UP, MEASURED, CALIBRATION = 10_000, 0, 1_000  # first seeds: no two ranges of draws meet
 
 
@@ -170,7 +170,11 @@ def build(name: str, batch: int, size: str = "full") -> Case:
 
 
 def settle_norms(case: Case) -> None:
-    """Batch norm with the statistics of real activations, and no vector of zeros or ones."""
+    """Batch norm whose statistics differ per channel, and no vector of zeros or ones.
+
+    The statistics go only part of the way to those of the inputs: with exact ones a deep random
+    network is chaotic, and bfloat16 alone loses a tenth of the output, unlike in a trained one.
+    """
     norms = [m for m in case.model.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
         return
@@ -178,8 +182,6 @@ def settle_norms(case: Case) -> None:
         for norm in norms:
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.normal_(std=0.1)
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the calls
         case.model.train()
         for k in range(NORM_CALLS):
             case.model(*case.draw(WARM_UP + k))

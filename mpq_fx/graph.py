@@ -181,6 +181,7 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass]) -> list[tuple[str, int]]
 
 
 def remove_dead(gm: GraphModule) -> None:
+    """Drop what nobody reads, and check that every value still stands before its readers."""
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

@@ -92,20 +92,14 @@ def test_calibration_never_sees_a_measured_input(bench):
         assert not any(torch.equal(x, m) for m in measured)
 
 
-def test_batch_norm_has_the_statistics_of_its_inputs(bench):
-    models = bench("models")
-    case = models.build("resnet50", 8, "tiny")
-    seen = []
-    for m in case.model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.register_forward_hook(lambda m, _, y: seen.append((m, y.mean(), y.std())))
-    with torch.no_grad():
-        case.model(*case.draw(0))
-    assert seen
-    for norm, mean, std in seen:
-        assert norm.running_var.unique().numel() > 1
-        assert abs(mean) < 0.5
-        assert 0.5 < std < 2
+def test_no_vector_of_batch_norm_is_degenerate(bench):
+    case = bench("models").build("resnet50", 2, "tiny")
+    norms = [m for m in case.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            assert vector.unique().numel() == vector.numel()
+        assert norm.running_var.min() > 0
 
 
 def test_compare_times_what_runs_and_gives_a_reason_for_what_does_not(bench, trivial, capfd):

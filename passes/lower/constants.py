@@ -165,7 +165,7 @@ def _pass_small(gm: GraphModule, recipes: Sequence[Recipe]) -> tuple[str, ...]:
     """Small constants become arguments, since Inductor would write their values into its code."""
     names = {r.name for r in recipes if getattr(gm, r.name).numel() <= INLINED}
     nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target in names]
-    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder" and n not in nodes)
     for node in nodes:
         with gm.graph.inserting_before(first):
             argument = gm.graph.placeholder(str(node.target))

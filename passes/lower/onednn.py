@@ -92,8 +92,34 @@ def lower(gm: GraphModule) -> Kernels:
         erase_chain(tail.last, node)
         kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
     decompose_quantize(gm)
+    swap_sums(gm)
     remove_dead(gm)
     return kernels
+
+
+def swap_sums(gm: GraphModule) -> int:
+    """linear(x) + y  ->  y + linear(x), and linear(x) + linear(z)  ->  linear(x) - (-linear(z))
+
+    Inductor takes a linear in front of a plus for one with a bias to be joined, and asserts that it
+    packed the weight itself (torch 2.13).
+    """
+    found = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        first, second = arguments(node)
+        if not is_packed_linear(first):
+            continue
+        if is_packed_linear(second):
+            minus = insert_call(node, aten.neg.default, (second,))
+            node.replace_all_uses_with(insert_call(node, aten.sub.Tensor, (first, minus)))
+            gm.graph.erase_node(node)
+        elif isinstance(second, Node):
+            node.args = (second, first)
+        found += 1
+    return found
+
+
+def is_packed_linear(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is mkldnn._linear_pointwise.default
 
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:

@@ -238,3 +238,26 @@ def test_compiled_by_inductor_it_is_refreshed_without_recompiling(isolated, x):
         assert relative_rms(compiled(x), model(x)) < 0.1
     assert binding.installed is before
     assert mpq_fx.refresh(compiled) == []
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("choice", [STATIC, BF16], ids=str)
+def test_matmul_templates_follow_an_edited_weight(isolated, choice):
+    """A template keeps its own copy of a weight: refreshing must reach it."""
+    x = torch.randn(32, 64)
+    made = Lowered(Mlp(), x, choice)
+    values = [made.inputs[k] for k in made.folded.live]
+    compiled = ONEDNN.compile(made.folded.gm, values, True)
+    assert len(compiled.derived) == 2
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.mul_(-1.5)
+        stale = compiled.run(*values)[0]
+        fresh = evaluate(made.lowered, made.folded.recipes, made.parameters)
+        for name, value in fresh.items():
+            getattr(made.folded.gm, name).copy_(value)
+        for redo in compiled.derived:
+            redo()
+        want = made.reference(*made.inputs)[0]
+        assert relative_rms(compiled.run(*values)[0], want) <= 2 * LIMIT
+    assert relative_rms(stale, want) > 0.1
