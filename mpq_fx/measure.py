@@ -68,25 +68,15 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
     replay = replayer(graph.gm, graph.sites, values)
     with clock.stage("observe"):
         seen = observe(replay, parts.fit)
-        proposal = propose(
-            graph.sites,
-            target,
-            names=binding.site_names,
-            rules=config.formats,
-            observed=frozenset(seen),
-            calls=len(records),
-        )
+        proposal = _proposal(graph, binding, config, target, seen)
         replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
         references = tuple(replay.run(record, {}) for record in parts.choose)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     with clock.stage("error table"):
-        error = METRICS[config.sensitivity](
-            replay,
-            proposal.options,
-            parts.choose,
-            excluded=graph.caches,
-            deadline=clock.deadline(0.4),
+        metric, deadline = METRICS.named(config.sensitivity), clock.deadline(0.4)
+        error = metric(
+            replay, proposal.options, parts.choose, excluded=graph.caches, deadline=deadline
         )
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
@@ -108,6 +98,19 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tables,
         ties(graph, proposal),
         graph.caches,
+    )
+
+
+def _proposal(
+    graph: Graph, binding: Binding, config: Config, target: Target, seen: Mapping[str, Observed]
+) -> Proposal:
+    return propose(
+        graph.sites,
+        target,
+        names=binding.site_names,
+        rules=config.formats,
+        observed=frozenset(seen),
+        calls=len(binding.records),
     )
 
 

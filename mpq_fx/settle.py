@@ -71,18 +71,16 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
 ) -> Settled:
     """Compile the plan and each uniform plan that is allowed, race them, keep the best."""
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
-    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
-    variants = {"plan": plan, "inductor float": Variant("inductor float", floats, None, {}, 0.0)}
     errors = {"plan": plan.error, "inductor float": 0.0}
     if not measured.target.is_timed:
         return Settled({"plan": plan}, errors, {}, plan, found)
+    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    variants = {"plan": plan, "inductor float": Variant("inductor float", floats, None, {}, 0.0)}
     for name, assignment in contenders(measured).items():
         errors[name] = joint_error(measured, assignment)
         if _is_repeated(assignment, variants) or not _is_allowed(
-            measured, found, assignment, errors[name]
+            measured, found, assignment, errors[name], judge
         ):
-            continue
-        if judge is not None and drop(measured, judge, assignment) > judge.limit:
             continue
         if clock.is_past():
             clock.cut(f"{name!r} was not compiled for comparison")
@@ -92,19 +90,23 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
         errors[name] = variant.error
         if measured.tolerance is None or variant.error <= measured.tolerance:
             variants[name] = variant
-    if not _is_allowed(measured, found, floats, 0.0):
+    if not _is_allowed(measured, found, floats, 0.0, None):
         del variants["inductor float"]
-    record = measured.parts.choose[0]
     with clock.stage("race"):
-        timings = race(
-            {
-                name: caller(v.installed, record) if v.installed else lambda: run_float(*record)
-                for name, v in variants.items()
-            }
-        )
+        timings = race(_callers(variants, run_float, measured.parts.choose[0]))
     winner = variants[_winner(config, found, variants, timings)]
     winner, timings = _polished(graph, measured, winner, timings, clock)
     return Settled(variants, errors, timings, winner, found)
+
+
+def _callers(
+    variants: Mapping[str, Variant], run_float: Callable[..., Any], record: Sequence[Any]
+) -> dict[str, Callable[[], Any]]:
+    """What a race calls: each variant on one recorded call."""
+    return {
+        name: caller(v.installed, record) if v.installed else lambda: run_float(*record)
+        for name, v in variants.items()
+    }
 
 
 def _polished(
@@ -196,11 +198,17 @@ def _cheapest(measured: Measured, unit: str, wanted: Sequence[Callable[[Choice],
 
 
 def _is_allowed(
-    measured: Measured, found: Found, assignment: Mapping[str, str], error: float
+    measured: Measured,
+    found: Found,
+    assignment: Mapping[str, str],
+    error: float,
+    judge: Judge | None,
 ) -> bool:
-    """Within the tolerance (by replay, with room for the kernels' own rounding) and the budgets?"""
+    """Within the tolerance (by replay), what the user's metric allows, and the budgets?"""
     tolerance = measured.tolerance
     if tolerance is not None and error > tolerance:
+        return False
+    if judge is not None and drop(measured, judge, assignment) > judge.limit:
         return False
     budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
     return is_feasible(

@@ -37,6 +37,18 @@ def recording() -> Iterator[list[Redo]]:
     add = Template.__dict__["add_choices"].__func__
     pack = Template.__dict__["prep_weight"].__func__
 
+    kept = Template.__dict__["add_choices"], Template.__dict__["prep_weight"]
+    Template.add_choices = classmethod(_noting(choice, add))  # type: ignore[assignment]
+    Template.prep_weight = classmethod(_collecting(choice, pack, found))  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        Template.add_choices, Template.prep_weight = kept
+
+
+def _noting(choice: _Choice, add: Callable[..., Any]) -> Callable[..., Any]:
+    """add_choices that notes which operand is the weight."""
+
     def add_choices(
         cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -46,6 +58,12 @@ def recording() -> Iterator[list[Redo]]:
         choice.nodes = [node.get_name() for node in input_nodes]
         choice.is_transposed = kwargs.get("trans_w", False)
         return add(cls, choices, layout, input_nodes, *args, **kwargs)
+
+    return add_choices
+
+
+def _collecting(choice: _Choice, pack: Callable[..., Any], found: list[Redo]) -> Callable[..., Any]:
+    """prep_weight that keeps how the copy which will run was made."""
 
     def prep_weight(  # noqa: PLR0913 - the signature of the method it stands for
         cls: Any,
@@ -57,7 +75,7 @@ def recording() -> Iterator[list[Redo]]:
         skip_int8_compensation: bool = False,
     ) -> Any:
         result = pack(cls, inputs, layout, micro_gemm, block, fast, skip_int8_compensation)
-        if skip_int8_compensation and isinstance(inputs[1], Tensor):  # the copy that will run
+        if skip_int8_compensation and isinstance(inputs[1], Tensor):
 
             def again(weight: Tensor) -> Tensor:
                 return pack(cls, [None, weight], None, micro_gemm, block, False, True)[0][1]
@@ -65,12 +83,7 @@ def recording() -> Iterator[list[Redo]]:
             found.append(_redo(choice, again, result[0][1]))
         return result
 
-    kept = Template.__dict__["add_choices"], Template.__dict__["prep_weight"]
-    Template.add_choices, Template.prep_weight = classmethod(add_choices), classmethod(prep_weight)  # type: ignore[assignment]
-    try:
-        yield found
-    finally:
-        Template.add_choices, Template.prep_weight = kept
+    return prep_weight
 
 
 def _redo(choice: _Choice, pack: Callable[[Tensor], Tensor], packed: Tensor) -> Redo:
@@ -82,17 +95,16 @@ def _redo(choice: _Choice, pack: Callable[[Tensor], Tensor], packed: Tensor) -> 
     sums = constants.get(choice.weight + "_BMatrixCompens")
     factors = constants.get(choice.weight + "_x_w_compens")
     names = [*choice.nodes[1:3], *choice.nodes[4:5]]
-    scales = [constants[name] for name in names] if factors is not None else []
 
     def redo() -> None:
         weight = source.to_dense() if source.is_mkldnn else source
         weight = weight.t() if is_transposed else weight
         packed.copy_(pack(weight))
+        scale: Tensor | float = 1.0
         if factors is not None:
-            x_scale, zero, w_scale = scales
-            torch.mul(x_scale, w_scale, out=factors)
+            x_scale, zero, w_scale = (constants[name] for name in names)
+            scale = torch.mul(x_scale, w_scale, out=factors) * zero
         if sums is not None:
-            rows = weight.float().sum(0)
-            sums.copy_(rows * factors * zero if factors is not None else rows)
+            sums.copy_(weight.float().sum(0) * scale)
 
     return redo

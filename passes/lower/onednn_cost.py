@@ -54,72 +54,36 @@ def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
         return lambda: mkldnn._linear_pointwise(*args)
     codes = torch.randint(0, 127, x.shape, dtype=torch.uint8)
     packed = onednn.qlinear_prepack(w.clamp(-1, 1).mul(127).to(torch.int8), None)
-    args = (
-        codes,
-        0.1,
-        0,
-        packed,
-        torch.ones(n),
-        torch.zeros(n, dtype=torch.int32),
-        bias,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "none",
-    )
+    zeros = torch.zeros(n, dtype=torch.int32)
+    weight = (packed, torch.ones(n), zeros, bias)
+    args = (codes, 0.1, 0, *weight, 1.0, 0, torch.float32, "none", [], "none")
     return lambda: onednn.qlinear_pointwise.default(*args)
 
 
 def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    dims = len(site.weight_shape) - 2
-    stride, padding, dilation, groups = site.attributes
+    layout = torch.channels_last if len(site.weight_shape) == 4 else torch.contiguous_format
     w, bias = torch.randn(site.weight_shape), torch.randn(site.weight_shape[0])
-    layout = torch.channels_last if dims == 2 else torch.contiguous_format
-    x = x.contiguous(memory_format=layout)
-    if choice.scaling == "none":
-        dtype = getattr(torch, choice.activation)
-        w = w.to(dtype).contiguous(memory_format=layout)
-        packed = mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
-        args = (
-            x.to(dtype),
-            packed,
-            bias.to(dtype),
-            padding,
-            stride,
-            dilation,
-            groups,
-            "none",
-            [],
-            "",
-        )
-        return lambda: mkldnn._convolution_pointwise(*args)
-    codes = torch.randint(0, 127, x.shape, dtype=torch.uint8).contiguous(memory_format=layout)
-    scales = torch.ones(w.shape[0])
-    packed = onednn.qconv_prepack(
-        w.to(torch.int8), scales, 0.1, 0, stride, padding, dilation, groups, x.shape
-    )
+    x, w = (t.contiguous(memory_format=layout) for t in (x, w))
+    make = float_conv if choice.scaling == "none" else integer_conv
+    return make(site, choice, x, w, bias)
+
+
+def float_conv(site: Site, choice: Choice, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any]:
+    stride, padding, dilation, groups = site.attributes
+    x, w, bias = (t.to(getattr(torch, choice.activation)) for t in (x, w, bias))
+    packed = mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
+    args = (x, packed, bias, padding, stride, dilation, groups, "none", [], "")
+    return lambda: mkldnn._convolution_pointwise(*args)
+
+
+def integer_conv(
+    site: Site, choice: Choice, x: Tensor, w: Tensor, bias: Tensor
+) -> Callable[[], Any]:
+    codes, scales = torch.zeros_like(x, dtype=torch.uint8), torch.ones(w.shape[0])
+    packed = onednn.qconv_prepack(w.to(torch.int8), scales, 0.1, 0, *site.attributes, x.shape)
     zeros = torch.zeros(w.shape[0], dtype=torch.int32)
-    args = (
-        codes,
-        0.1,
-        0,
-        packed,
-        scales,
-        zeros,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+    weight = (packed, scales, zeros, bias)
+    args = (codes, 0.1, 0, *weight, *site.attributes, 1.0, 0, torch.float32, "none", [], "")
     return lambda: onednn.qconv_pointwise.default(*args)
 
 

@@ -159,6 +159,16 @@ def measured(plan: Plan, points) -> Plan:
     )
 
 
+def _rows(first: Site, second: Site) -> tuple[Row, Row]:
+    """One site in bfloat16, one that stays in float."""
+    reason = "float is the fastest here"
+    measured = {"predicted_error": 0.01, "measured_error": 0.01, "ms_before": 4.0, "ms_after": 1.0}
+    return (
+        Row(first, "bfloat16", kernel="k", weight_bytes=2000, **measured),
+        Row(second, FLOAT, reason=reason, ms_before=6.0, ms_after=6.0, weight_bytes=4000),
+    )
+
+
 @pytest.fixture
 def small() -> Plan:
     """Two units, one budget, numbers that can be checked by hand."""
@@ -172,26 +182,7 @@ def small() -> Plan:
     return Plan(
         choices={"a": parse_choice("bfloat16"), "b": parse_choice(FLOAT)},
         target="reference",
-        ledger=(
-            Row(
-                sites[0],
-                "bfloat16",
-                predicted_error=0.01,
-                kernel="k",
-                measured_error=0.01,
-                ms_before=4.0,
-                ms_after=1.0,
-                weight_bytes=2000,
-            ),
-            Row(
-                sites[1],
-                FLOAT,
-                reason="float is the fastest here",
-                ms_before=6.0,
-                ms_after=6.0,
-                weight_bytes=4000,
-            ),
-        ),
+        ledger=_rows(*sites),
         error=0.009,
         tolerance=0.01,
         budgets={"tolerance": 0.01},
