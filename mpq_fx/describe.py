@@ -17,7 +17,7 @@ from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.resolve import frontier, solver_facts
-from mpq_fx.settle import Settled, caller, fresh
+from mpq_fx.settle import TEMPLATES, Settled, caller, fresh
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -156,7 +156,7 @@ def _notes(
             f"the error on the calls kept for the report is {error:.3g}, above the "
             f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
         )
-    if settled.winner.name != "plan":
+    if settled.winner.name.removesuffix(TEMPLATES) != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 POLISH = 0.75  # share of the time budget after which no further compilation is begun
+TEMPLATES = ", templates"  # what a variant's name ends with when it was compiled with them
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
@@ -117,16 +118,17 @@ def _polished(
     clock: Clock,
 ) -> tuple[Variant, Mapping[str, Timing]]:
     """The winner compiled again with matmul templates, if that is faster and as accurate."""
-    if winner.installed is None:
+    if winner.installed is None or not measured.target.has_templates:
         return winner, timings
     if clock.is_past(POLISH):
         clock.cut("matmul templates were not tried")
         return winner, timings
     with clock.stage("compile with templates"):
-        other = build(graph, measured, winner.name, winner.assignment, thorough=True)
+        name = f"{winner.name}{TEMPLATES}"
+        other = build(graph, measured, name, winner.assignment, thorough=True)
     if measured.tolerance is not None and other.error > measured.tolerance:
         return winner, timings
-    record, name = measured.parts.choose[0], f"{winner.name}, templates"
+    record = measured.parts.choose[0]
     assert other.installed is not None
     with clock.stage("race"):
         pair = {

@@ -346,5 +346,5 @@ def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Nod
 
 
 ONEDNN = Target(
-    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, facts=cpu.facts
+    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, True, facts=cpu.facts
 )

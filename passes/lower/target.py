@@ -37,6 +37,7 @@ class Target:
     measure: Callable[[Site, Choice], float]  # ms of one call, conversions included
     lower: Callable[[GraphModule], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], bool], Compiled]  # thorough: take more time
+    has_templates: bool = False  # a thorough compilation is another one than a quick one
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
 
