@@ -27,7 +27,7 @@ from variants import BAR, INDUCTOR, VARIANTS, YARDSTICKS, prepare
 from worker import CALLS, Job, Started, Worker
 
 ROUNDS = 15
-LIMIT = 240.0  # seconds that a variant may take to be ready
+LIMIT = 400.0  # seconds that a variant may take to be ready
 PAUSE = 0.02  # seconds between two processes, for the threads of the first to go to sleep
 ANCHORS = 2  # Inductor variants measured again beside the rest, by turns
 RIVALS = ("eager", *YARDSTICKS)

@@ -218,10 +218,13 @@ def _openvino_runner(model: Any, converter: str) -> Runner:
     )
 
 
+TIME_BUDGET = 150.0  # seconds mpq may plan for: peers with max-autotune compile as long
+
+
 def mpq(case: Case, **options: Any) -> Runner:
     """torch.compile(model, backend="mpq"), calibrated by its first calls, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
-        options["cache_dir"] = folder
+        options |= {"cache_dir": folder, "time_budget": TIME_BUDGET}
         model = torch.compile(case.model, backend="mpq", options=options)
         for inputs in case.calibration(CALIBRATION_CALLS):
             model(*inputs)
