@@ -29,13 +29,15 @@ def measured_singles(
 ) -> Table:
     """Error of each (unit, choice) alone, all else float, squared and averaged over `records`.
 
-    The unchanged prefix is computed once per record; a pair costs only the suffix.  Past `deadline`
-    (time.monotonic) no further record is started: the table then rests on fewer, and says so.
+    The unchanged prefix is computed once per record; a pair costs only the suffix.  A further
+    record is begun only if it should end by `deadline` (time.monotonic): else the table rests on
+    fewer, and says so.
     """
     begin, used = time.monotonic(), 0
     sums: dict[tuple[str, str], list[float]] = {}
     for inputs in records:
-        if used and time.monotonic() > deadline:
+        now = time.monotonic()
+        if used and now + (now - begin) / used > deadline:
             break
         for key, error in _one_record(replay, options, inputs, excluded):
             sums.setdefault(key, []).append(error**2)
