@@ -2,7 +2,7 @@
 
 static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
 dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
-weight     linear(x, dequantize(w))  where M is large, the packed weight-only op where M = 1
+weight     _weight_int8pack_mm(x, codes, scale) + bias, for a few rows; refused for more
 bf16, f32  mkldnn._linear_pointwise(x, pack(w), b)
 """
 
