@@ -59,7 +59,7 @@ class Case:
 MODELS = {
     "bert-base": Recipe(
         "BertConfig",
-        "BertForSequenceClassification",
+        "BertModel",
         {"full": 128, "tiny": 16},
         vocabulary="vocab_size",
         arguments={

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpq_fx.binding import Binding
+from mpq_fx.build import caller, fresh
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.resolve import frontier, solver_facts
-from mpq_fx.settle import TEMPLATES, Settled, caller, fresh
+from mpq_fx.settle import Settled
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -50,7 +51,7 @@ def describe(
         latency_ms={name: t.median for name, t in settled.timings.items()},
         errors=settled.errors,
         winner=winner.name,
-        thorough=winner.thorough,
+        mode=winner.mode,
         budgets=settled.found.budgets,
         baseline=settled.found.baseline,
         tables=tables,
@@ -156,7 +157,7 @@ def _notes(
             f"the error on the calls kept for the report is {error:.3g}, above the "
             f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
         )
-    if settled.winner.name.removesuffix(TEMPLATES) != "plan":
+    if settled.winner.label != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)
 

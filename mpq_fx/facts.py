@@ -132,7 +132,7 @@ class Plan:
     tolerance: float | None = None  # what was allowed, as a number
     latency_ms: Mapping[str, float] = field(default_factory=dict)  # variant -> measured median
     errors: Mapping[str, float] = field(default_factory=dict)  # variant -> measured error
-    thorough: bool = False  # compiled with matmul templates, which were measured to be faster
+    mode: str = ""  # of the target's compiler, measured to be the fastest
     winner: str = "plan"  # the variant that was installed, and why in `notes`
     objective: str = "latency"
     budgets: Mapping[str, float] = field(default_factory=dict)  # tolerance, max_latency, … numbers

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 SITE = "mpq_site"  # meta key: the site that a node computes, kept through rewrite and lowering
+PLAN = "mpq_plan"  # meta key of a constant: it came with the plan, as a scale does
 WEIGHT = "mpq_weight"  # meta key: does the node depend on parameters and constants alone?
 Pass = Callable[[GraphModule], int]
 
@@ -132,7 +133,7 @@ def insert_constant(gm: GraphModule, anchor: Node, name: str, tensor: torch.Tens
         node = gm.graph.get_attr(unique)
     mode = fake_mode_of(gm.graph)
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
-    node.meta[WEIGHT] = True
+    node.meta |= {WEIGHT: True, PLAN: True}
     return node
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.binding import Binding
+from mpq_fx.build import lower
 from mpq_fx.config import Config
 from mpq_fx.describe import fingerprint
 from mpq_fx.errors import MpqError, PlanError
@@ -18,7 +19,6 @@ from mpq_fx.facts import Choice, Plan, Site
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
-from mpq_fx.settle import lower
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -37,7 +37,7 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
             binding.values(),
             choices,
             scales_of(plan, binding.site_names),
-            thorough=plan.thorough,
+            plan.mode,
         )
     binding.install(installed, plan)
 

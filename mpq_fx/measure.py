@@ -71,12 +71,18 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         proposal = _proposal(graph, binding, config, target, seen)
         replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
         references = tuple(replay.run(record, {}) for record in parts.choose)
+        tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     with clock.stage("error table"):
         metric, deadline = METRICS.named(config.sensitivity), clock.deadline(0.4)
         error = metric(
-            replay, proposal.options, parts.choose, excluded=graph.caches, deadline=deadline
+            replay,
+            proposal.options,
+            parts.choose,
+            ties=tied,
+            excluded=graph.caches,
+            deadline=deadline,
         )
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
@@ -96,7 +102,7 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tolerance_of(config, yardstick),
         yardstick,
         tables,
-        ties(graph, proposal),
+        tied,
         graph.caches,
     )
 

@@ -6,48 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mpq_fx.binding import Installed
+from mpq_fx.build import Variant, build, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Choice
 from mpq_fx.formats import format_named
-from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import is_feasible
-from mpq_fx.passes.analyze.replay import output_error
-from mpq_fx.passes.lower.constants import fold_constants
-from mpq_fx.passes.lower.target import Kernels, Target
-from mpq_fx.passes.rewrite import rewrite
 from mpq_fx.problem import problem
 from mpq_fx.search import Found, Judge, drop, joint_error, search
-from mpq_fx.sizes import size_guard
 from mpq_fx.verify import Timing, pick, race
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
-POLISH = 0.75  # share of the time budget after which no further compilation is begun
-TEMPLATES = ", templates"  # what a variant's name ends with when it was compiled with them
+FLOAT = "inductor float"  # the user's own model, compiled as without mpq
+# Share of the time budget after which no further compilation of a kind is begun.
+BEGIN = {"the plan's modes": 0.6, "a simpler plan": 1.0, "the winner's modes": 0.75}
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An assignment, compiled, with its error measured on what really runs.
-
-    `installed` is None for the user's own float model under Inductor.
-    """
-
-    name: str
-    assignment: Mapping[str, str]
-    installed: Installed | None
-    kernels: Kernels
-    error: float
-    thorough: bool = False  # compiled with matmul templates
 
 
 @dataclass(frozen=True)
@@ -70,34 +49,78 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     run_float: Callable[..., Any],
     judge: Judge | None,
 ) -> Settled:
-    """Compile the plan and each uniform plan that is allowed, race them, keep the best."""
+    """Compile the plan and each uniform plan that is allowed, race them, keep the best.
+
+    In this order, as far as the time budget reaches: the plan, the plan in slower modes of
+    compilation, simpler plans, slower modes of the winner.
+    """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
-    errors = {"plan": plan.error, "inductor float": 0.0}
+    errors = {plan.name: plan.error, FLOAT: 0.0}
     if not measured.target.is_timed:
-        return Settled({"plan": plan}, errors, {}, plan, found)
-    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
-    variants = {"plan": plan, "inductor float": Variant("inductor float", floats, None, {}, 0.0)}
-    for name, assignment in contenders(measured).items():
-        errors[name] = joint_error(measured, assignment)
-        if _is_repeated(assignment, variants) or not _is_allowed(
-            measured, found, assignment, errors[name], judge
-        ):
+        return Settled({plan.name: plan}, errors, {}, plan, found)
+    variants = {plan.name: plan}
+    is_allowed = partial(_is_allowed, measured, found, judge)
+    _add_modes(graph, measured, plan, variants, clock, "the plan's modes")
+    for label, assignment in contenders(measured).items():
+        errors[label] = joint_error(measured, assignment)
+        if _is_repeated(assignment, variants) or not is_allowed(assignment, errors[label]):
             continue
-        if clock.is_past():
-            clock.cut(f"{name!r} was not compiled for comparison")
+        if clock.is_past(BEGIN["a simpler plan"]):
+            clock.cut(f"{label!r} was not compiled for comparison")
             continue
         with clock.stage("compile"):
-            variant = build(graph, measured, name, assignment)
-        errors[name] = variant.error
-        if measured.tolerance is None or variant.error <= measured.tolerance:
-            variants[name] = variant
-    if not _is_allowed(measured, found, floats, 0.0, None):
-        del variants["inductor float"]
+            variant = build(graph, measured, label, assignment)
+        errors[label] = variant.error
+        _add(variant, variants, measured)
+    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    if _is_allowed(measured, found, None, floats, 0.0):
+        variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
+    winner, timings = _raced(measured, config, clock, variants, run_float)
+    if winner.label != plan.label and winner.installed is not None:
+        compiled = {winner.name: winner}
+        _add_modes(graph, measured, winner, compiled, clock, "the winner's modes")
+        if len(compiled) > 1:
+            winner, again = _raced(measured, config, clock, compiled, run_float)
+            variants, timings = {**variants, **compiled}, {**timings, **again}
+    errors |= {name: variant.error for name, variant in variants.items()}
+    return Settled(variants, errors, timings, winner, found)
+
+
+def _add(variant: Variant, variants: dict[str, Variant], measured: Measured) -> None:
+    """A variant races unless what was compiled rounds worse than is allowed."""
+    if measured.tolerance is None or variant.error <= measured.tolerance:
+        variants[variant.name] = variant
+
+
+def _add_modes(
+    graph: Graph,
+    measured: Measured,
+    base: Variant,
+    variants: dict[str, Variant],
+    clock: Clock,
+    share: str,
+) -> None:
+    """The same assignment compiled in the target's other modes, while there is time."""
+    choices = parse(measured.proposal, base.assignment)
+    for mode in measured.target.modes(tuple(choices.values())):
+        if clock.is_past(BEGIN[share]):
+            clock.cut(f"{base.label!r} was not compiled with {mode}")
+            return
+        with clock.stage(f"compile with {mode}"):
+            _add(build(graph, measured, base.label, base.assignment, mode), variants, measured)
+
+
+def _raced(
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    variants: Mapping[str, Variant],
+    run_float: Callable[..., Any],
+) -> tuple[Variant, Mapping[str, Timing]]:
+    """The best variant and everybody's times."""
     with clock.stage("race"):
         timings = race(_callers(variants, run_float, measured.parts.choose[0]))
-    winner = variants[_winner(config, found, variants, timings)]
-    winner, timings = _polished(graph, measured, winner, timings, clock)
-    return Settled(variants, errors, timings, winner, found)
+    return variants[_winner(config, variants, timings)], timings
 
 
 def _callers(
@@ -108,36 +131,6 @@ def _callers(
         name: caller(v.installed, record) if v.installed else lambda: run_float(*record)
         for name, v in variants.items()
     }
-
-
-def _polished(
-    graph: Graph,
-    measured: Measured,
-    winner: Variant,
-    timings: Mapping[str, Timing],
-    clock: Clock,
-) -> tuple[Variant, Mapping[str, Timing]]:
-    """The winner compiled again with matmul templates, if that is faster and as accurate."""
-    if winner.installed is None or not measured.target.has_templates:
-        return winner, timings
-    if clock.is_past(POLISH):
-        clock.cut("matmul templates were not tried")
-        return winner, timings
-    with clock.stage("compile with templates"):
-        name = f"{winner.name}{TEMPLATES}"
-        other = build(graph, measured, name, winner.assignment, thorough=True)
-    if measured.tolerance is not None and other.error > measured.tolerance:
-        return winner, timings
-    record = measured.parts.choose[0]
-    assert other.installed is not None
-    with clock.stage("race"):
-        pair = {
-            winner.name: caller(winner.installed, record),
-            name: caller(other.installed, record),
-        }
-        again = race(pair)
-    best = other if pick(again, [winner.name, name]) == name else winner
-    return best, {**timings, **again}
 
 
 def _meet_tolerance(
@@ -158,16 +151,14 @@ def _meet_tolerance(
     return build(graph, measured, "plan", floats), found
 
 
-def _winner(
-    config: Config, found: Found, variants: Mapping[str, Variant], timings: Mapping[str, Timing]
-) -> str:
+def _winner(config: Config, variants: Mapping[str, Variant], timings: Mapping[str, Timing]) -> str:
     """The plan, unless the objective says that a simpler variant is better."""
-    names = list(variants)
-    if config.objective == "latency":
-        return pick(timings, names)
     if config.objective == "error":
-        return min(names, key=lambda name: variants[name].error)
-    return "plan"  # of least size by the exact table: nothing simpler is smaller
+        return min(variants, key=lambda name: variants[name].error)
+    if config.objective == "latency":
+        return pick(timings, list(variants))
+    # By the exact table the plan is of least size, so that nothing simpler is smaller.
+    return pick(timings, [name for name, v in variants.items() if v.label == "plan"])
 
 
 def contenders(measured: Measured) -> dict[str, dict[str, str]]:
@@ -181,6 +172,7 @@ def contenders(measured: Measured) -> dict[str, dict[str, str]]:
 UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
     "all bfloat16": (lambda c: c.weight == "bfloat16",),
     "all int8": (
+        lambda c: c.weight == "int8" and c.scaling == "static",  # codes pass from site to site
         lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
         lambda c: c.weight == "bfloat16",
     ),
@@ -202,9 +194,9 @@ def _cheapest(measured: Measured, unit: str, wanted: Sequence[Callable[[Choice],
 def _is_allowed(
     measured: Measured,
     found: Found,
+    judge: Judge | None,
     assignment: Mapping[str, str],
     error: float,
-    judge: Judge | None,
 ) -> bool:
     """Within the tolerance (by replay), what the user's metric allows, and the budgets?"""
     tolerance = measured.tolerance
@@ -223,75 +215,3 @@ def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant])
     # The user's own float model is compiled otherwise: mpq's float has its weights packed.
     same = (dict(v.assignment) == dict(assignment) for v in variants.values() if v.installed)
     return any(same)
-
-
-def build(
-    graph: Graph,
-    measured: Measured,
-    name: str,
-    assignment: Mapping[str, str],
-    *,
-    thorough: bool = False,
-) -> Variant:
-    """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
-    choices = parse(measured.proposal, assignment)
-    installed, kernels = lower(
-        graph,
-        measured.target,
-        measured.values,
-        choices,
-        measured.replay.scales,
-        thorough=thorough,
-    )
-    errors = [
-        output_error(caller(installed, fresh(record))(), reference, measured.excluded)
-        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
-    ]
-    return Variant(name, assignment, installed, kernels, max(errors), thorough)
-
-
-def lower(
-    graph: Graph,
-    target: Target,
-    values: Mapping[str, torch.Tensor],
-    choices: Mapping[str, Choice],
-    scales: Any,
-    *,
-    thorough: bool = False,
-) -> tuple[Installed, Kernels]:
-    """canonical graph + choices -> compiled callable over owned constants, and its callees."""
-    gm, _ = clone(graph.gm)
-    rewrite(gm, graph.sites, choices, scales)
-    kernels = target.lower(gm)
-    folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
-    inputs = [node.meta["val"] for node in placeholders(folded.gm)]
-    with size_guard(graph.gm) as accepts:
-        compiled = target.compile(folded.gm, inputs, thorough)
-    live_names = tuple(graph.names[k] for k in folded.live)
-    passed = tuple(getattr(folded.gm, name) for name in folded.passed)
-    installed = Installed(
-        compiled.run,
-        folded.live,
-        passed,
-        folded.gm,
-        live_names,
-        compiled.derived,
-        gm,
-        folded.recipes,
-        accepts,
-    )
-    return installed, kernels
-
-
-def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
-    """A call of a compiled plan on a recorded call; mutated inputs are copies, and written to."""
-    args = [record[k] for k in installed.live]
-    return lambda: installed.run(*args, *installed.passed)
-
-
-def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
-    """A record whose plain tensors are copies, for a run that may write to its inputs."""
-    return tuple(
-        x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x
-        for x in record
-    )

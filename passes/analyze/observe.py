@@ -18,8 +18,8 @@ from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Site
 from mpq_fx.formats import Format
 from mpq_fx.numerics import fake_quantize, scale_and_zero
-from mpq_fx.passes.analyze.replay import OPERANDS, Replayer
-from mpq_fx.passes.analyze.sites import OPERANDS as SITE_OPERANDS
+from mpq_fx.passes.analyze.replay import Replayer
+from mpq_fx.passes.analyze.sites import OPERANDS
 
 READS = ("linear", "conv")  # sites whose input is quantized; of a residual it is the result
 SAMPLE = 1 << 13  # values per call kept for the choice of a static range
@@ -63,7 +63,8 @@ def observe(replay: Replayer, records: Sequence[Sequence[Any]]) -> dict[str, Obs
             if node.op == "output":
                 break
             site = replay.sites.get(node.name)
-            x = env[node.args[OPERANDS[site.op][0]]] if site and site.op in READS else None
+            reads = site and site.op in READS
+            x = env[node.args[OPERANDS[str(node.target)].activation]] if reads else None
             replay.step(env, node, {})
             if site and site.op == "residual":
                 x = env[node]
@@ -81,7 +82,7 @@ def concrete(replay: Replayer, sites: Sequence[Site], record: Sequence[Any]) -> 
             break
         site = replay.sites.get(node.name)
         if site:
-            position = SITE_OPERANDS[str(node.target)].activation if site.op != "residual" else 0
+            position = OPERANDS[str(node.target)].activation if site.op != "residual" else 0
             shapes[site.name] = tuple(env[node.args[position]].shape)
         replay.step(env, node, {})
     return tuple(dataclasses.replace(site, input_shape=shapes[site.name]) for site in sites)

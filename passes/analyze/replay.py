@@ -7,7 +7,7 @@ use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,11 @@ from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.graph import arguments, placeholders
 from mpq_fx.numerics import fake_quantize, relative_rms
+from mpq_fx.passes.analyze.sites import OPERANDS
 
 Env = dict[Node, Any]
 Scales = Mapping[tuple[str, str], tuple[Tensor, Tensor]]  # (site, activation format) -> scale, zero
 
-# Positions of (activation, weight) among the arguments of a site's op.
-OPERANDS = {"linear": (0, 1), "conv": (0, 1), "embedding": (1, 0)}
 # Ops that refuse operands of two float types; glue ops promote by themselves.
 _CASTING = (
     "linear",
@@ -102,9 +101,9 @@ class Replayer:
             args = cast(args, getattr(torch, choice.weight))
             return _in(dtype, call(node, args, cast(kwargs, getattr(torch, choice.weight))))
         args = list(args)
-        activation, weight = OPERANDS[site.op]
-        args[weight] = self.quantized_weight(site, choice.weight, args[weight])
-        args[activation] = self.quantized_activation(site, choice, args[activation])
+        at = OPERANDS[str(node.target)]
+        args[at.weight] = self.quantized_weight(site, choice.weight, args[at.weight])
+        args[at.activation] = self.quantized_activation(site, choice, args[at.activation])
         return _in(dtype, call(node, cast(args, torch.float32), kwargs))
 
     def stored(self, site: Site, choice: Choice, x: Tensor) -> Tensor:
@@ -117,6 +116,11 @@ class Replayer:
             rows = w.float().reshape(w.shape[0], -1)
             self.weights[key] = fake_quantize(rows, format_named(fmt)).reshape(w.shape)
         return self.weights[key]
+
+    def forget(self, sites: Collection[str]) -> None:
+        """Free the fake-quantized weights of some sites."""
+        for key in [key for key in self.weights if key[0] in sites]:
+            del self.weights[key]
 
     def quantized_activation(self, site: Site, choice: Choice, x: Tensor) -> Tensor:
         fmt = format_named(choice.activation)

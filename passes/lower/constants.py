@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from mpq_fx.graph import clone, placeholders
+from mpq_fx.graph import PLAN, clone, placeholders
 
 INLINED = 8  # Inductor writes vectors up to this size into its code, where no refresh reaches them
 aten = torch.ops.aten
@@ -162,18 +162,28 @@ def _owned(tensor: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 def _pass_small(gm: GraphModule, recipes: Sequence[Recipe]) -> tuple[str, ...]:
-    """Small constants become arguments, since Inductor would write their values into its code."""
-    names = {r.name for r in recipes if getattr(gm, r.name).numel() <= INLINED}
-    nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target in names]
+    """Small constants become arguments, since Inductor would write their values into its code:
+    where no refresh reaches them, and where equal layers with scales of their own would each be
+    compiled.
+    """
+    refreshed = {r.name for r in recipes}
+    nodes = [
+        n
+        for n in gm.graph.find_nodes(op="get_attr")
+        if (n.target in refreshed or PLAN in n.meta)
+        and 0 < getattr(gm, str(n.target)).numel() <= INLINED
+    ]
     first = next(n for n in gm.graph.nodes if n.op != "placeholder" and n not in nodes)
-    for node in nodes:
+    names = dict.fromkeys(str(node.target) for node in nodes)
+    for name in names:
         with gm.graph.inserting_before(first):
-            argument = gm.graph.placeholder(str(node.target))
-        argument.meta.update(node.meta)
-        node.replace_all_uses_with(argument)
-        gm.graph.erase_node(node)
+            argument = gm.graph.placeholder(name)
+        for node in [n for n in nodes if n.target == name]:
+            argument.meta.update(node.meta)
+            node.replace_all_uses_with(argument)
+            gm.graph.erase_node(node)
     gm.recompile()
-    return tuple(str(node.target) for node in nodes)
+    return tuple(names)
 
 
 def _drop_unused_inputs(gm: GraphModule) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ and its constant refreshed, the copy can be made again, in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +28,11 @@ class _Choice:
 
 
 @contextmanager
-def recording() -> Iterator[list[Redo]]:
-    """Collects, while Inductor compiles, one callable per derived constant."""
+def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
+    """Collects, while Inductor compiles, one callable per derived constant.
+
+    Matmuls whose activation is not of one of `dtypes` stay calls into oneDNN.
+    """
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate as Template
 
     found: list[Redo] = []
@@ -38,7 +41,7 @@ def recording() -> Iterator[list[Redo]]:
     pack = Template.__dict__["prep_weight"].__func__
 
     kept = Template.__dict__["add_choices"], Template.__dict__["prep_weight"]
-    Template.add_choices = classmethod(_noting(choice, add))  # type: ignore[assignment]
+    Template.add_choices = classmethod(_noting(choice, add, dtypes))  # type: ignore[assignment]
     Template.prep_weight = classmethod(_collecting(choice, pack, found))  # type: ignore[assignment]
     try:
         yield found
@@ -46,13 +49,18 @@ def recording() -> Iterator[list[Redo]]:
         Template.add_choices, Template.prep_weight = kept
 
 
-def _noting(choice: _Choice, add: Callable[..., Any]) -> Callable[..., Any]:
-    """add_choices that notes which operand is the weight."""
+def _noting(
+    choice: _Choice, add: Callable[..., Any], dtypes: Collection[torch.dtype]
+) -> Callable[..., Any]:
+    """add_choices that notes which operand is the weight, and adds none for other dtypes."""
 
     def add_choices(
         cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
         order = kwargs.get("input_indices") or list(range(len(input_nodes)))
+        x = input_nodes[order[1] if kwargs.get("has_bias") else order[0]]
+        if x.get_dtype() not in dtypes or overruns(x.get_dtype(), kwargs):
+            return None
         position = order[2] if kwargs.get("has_bias") else order[1]
         choice.weight = input_nodes[position].get_name()
         choice.nodes = [node.get_name() for node in input_nodes]
@@ -60,6 +68,17 @@ def _noting(choice: _Choice, add: Callable[..., Any]) -> Callable[..., Any]:
         return add(cls, choices, layout, input_nodes, *args, **kwargs)
 
     return add_choices
+
+
+def overruns(dtype: torch.dtype, settings: Mapping[str, Any]) -> bool:
+    """Would the template write beyond its result?
+
+    Of a float matmul with a bias and an activation inside, torch 2.13 also stores what lies between
+    the two, in the template's dtype, into the result; which is too small for that once a
+    quantization was fused behind.
+    """
+    has_activation = settings.get("epilogue_creator") is not None
+    return dtype.is_floating_point and has_activation and bool(settings.get("has_bias"))
 
 
 def _collecting(choice: _Choice, pack: Callable[..., Any], found: list[Redo]) -> Callable[..., Any]:

@@ -34,13 +34,13 @@ def with_kernels(target: Target, kernels: Mapping[str, Kernel]) -> Target:
     if not mine:
         return target
 
-    def lower(gm: GraphModule) -> Kernels:
+    def lower(gm: GraphModule, mode: str) -> Kernels:
         taken: Kernels = {}
         for name, kernel in mine.items():
             for node in gm.graph.find_nodes(op="call_function", target=kernel.op):
                 taken |= _take(gm, node, name, kernel)
         remove_dead(gm)
-        return {**target.lower(gm), **taken}
+        return {**target.lower(gm, mode), **taken}
 
     return replace(target, lower=lower)
 

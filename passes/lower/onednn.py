@@ -22,9 +22,9 @@ from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
-from mpq_fx.passes.lower.inductor import compile_frozen
+from mpq_fx.passes.lower.inductor import compile_frozen, modes
 from mpq_fx.passes.lower.onednn_cost import measure
-from mpq_fx.passes.lower.quantize_aten import decompose_quantize, scalar
+from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
 
@@ -78,15 +78,19 @@ def rows_of(site: Site) -> int:
     return math.prod(sizes)
 
 
-def lower(gm: GraphModule) -> Kernels:
-    """Replace every site by its callee; weights stay values, to be folded into owned constants."""
+def lower(gm: GraphModule, mode: str) -> Kernels:
+    """Replace every site by its callee; weights stay values, to be folded into owned constants.
+
+    In a mode with matmul templates a matmul hands over floats: the quantization behind it is fused
+    by Inductor, with its scale as a tensor, so that equal layers share the code of one template.
+    """
     kernels: Kernels = {}
     for node in list(gm.graph.nodes):
         if node.target not in RULES:
             continue
         rule, find_tail, posts = RULES[node.target]
         tail = find_tail(node, posts)
-        result, callee = rule(gm, node, tail)
+        result, callee = rule(gm, node, tail, mode)
         dtype = value(tail.last).dtype
         tail.last.replace_all_uses_with(cast_to(node, result, dtype))
         erase_chain(tail.last, node)
@@ -122,7 +126,7 @@ def is_packed_linear(node: Any) -> bool:
     return isinstance(node, Node) and node.target is mkldnn._linear_pointwise.default
 
 
-def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
     x, sx, zx, w, sw, zw, bias, x_name, *_ = arguments(node)
     if format_named(x_name).is_float:
@@ -132,36 +136,51 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
     if sx.op == "get_attr":
         x, zero = unsigned(node, x, int(scalar(gm, zx)), x_name)
         scales = (scalar(gm, sx), zero)
-        output = output_of(gm, tail)
-        return _qlinear(node, x, scales, weight, owned(node, bias), output, tail.post), QLINEAR
+        return matmul(gm, node, x, scales, weight, owned(node, bias), tail, mode), QLINEAR
     y = _qlinear(node, x, (1.0, 0), weight, None, (1.0, 0, torch.float32), Post())
     y = insert_call(node, aten.mul.Tensor, (y, sx))
     return (y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))), QLINEAR
 
 
-def lower_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+def lower_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     """Integer convolution with static scales, activation and the next site's quantization in it."""
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, name, *_) = arguments(node)
     x, zero = unsigned(node, x, int(scalar(gm, zx)), name)
-    scales, window, output = (
-        flat(node, sw),
-        (stride, padding, dilation, groups),
-        output_of(gm, tail),
-    )
+    scales, window = flat(node, sw), (stride, padding, dilation, groups)
     if is_pointwise(node, tail):
         matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
         packed = pack(node, onednn.qlinear_prepack.default, (matrix, None), value(matrix).t())
         weight, pixels = (packed, scales, flat(node, zw)), as_rows(node, x, stride)
         given = (scalar(gm, sx), zero)
-        y = _qlinear(node, pixels, given, weight, owned(node, bias), output, tail.post)
+        y = matmul(gm, node, pixels, given, weight, owned(node, bias), tail, mode)
         return as_maps(node, y), QLINEAR
     shape = [hint(size) for size in value(x).shape]
     operands = (w, scales, scalar(gm, sx), zero, *window, shape)
     packed = pack(node, onednn.qconv_prepack.default, operands, value(w))
     args = (x, scalar(gm, sx), zero, packed, scales, flat(node, zw), owned(node, bias), *window)
-    tail_args = (*output, tail.post.name, [*tail.post.scalars], "")
+    tail_args = (*output_of(gm, tail), tail.post.name, [*tail.post.scalars], "")
     y = insert_call(node, onednn.qconv_pointwise.default, (*args, *tail_args))
     return y, "onednn.qconv_pointwise"
+
+
+def matmul(  # noqa: PLR0913 - the operands of a matmul, and how it ends
+    gm: GraphModule,
+    node: Node,
+    x: Node,
+    scales: tuple[float, int],
+    weight: tuple[Node, Node, Node],
+    bias: Any,
+    tail: Tail,
+    mode: str,
+) -> Node:
+    """Static integer matmul with what follows it: in oneDNN's op, or fused behind a template."""
+    if not mode or tail.quantize is None:
+        return _qlinear(node, x, scales, weight, bias, output_of(gm, tail), tail.post)
+    y = _qlinear(node, x, scales, weight, bias, (1.0, 0, torch.float32), tail.post)
+    _, scale, zero, name = arguments(tail.quantize)
+    for constant in (scale, zero):
+        node.prepend(constant)
+    return encode_static(gm, node, y, scale, zero, name)
 
 
 def is_pointwise(node: Node, tail: Tail) -> bool:
@@ -215,7 +234,7 @@ def output_of(gm: GraphModule, tail: Tail) -> tuple[float, int, torch.dtype]:
     return scalar(gm, scale), int(scalar(gm, zero)), format_named(name).dtype
 
 
-def lower_embedding(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+def lower_embedding(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     """Gather codes and scales of the rows, multiply."""
     indices, w, sw, _, name, _ = arguments(node)
     assert format_named(name).symmetric, f"{name} has a zero point"
@@ -225,7 +244,7 @@ def lower_embedding(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]
     return insert_call(node, aten.mul.Tensor, (wide, scales)), "inductor gather"
 
 
-def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+def lower_float_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     """float32 or bfloat16 on a packed weight."""
     x, w, *rest = arguments(node)
     bias = rest[0] if rest else None
@@ -236,7 +255,7 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, s
     return insert_call(node, mkldnn._linear_pointwise.default, args), "mkldnn._linear_pointwise"
 
 
-def lower_float_conv(gm: GraphModule, node: Node, tail: Tail) -> tuple[Node, str]:
+def lower_float_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     x, w, bias, stride, padding, dilation, groups = arguments(node)
     post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
     if is_pointwise(node, tail):
@@ -346,5 +365,5 @@ def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Nod
 
 
 ONEDNN = Target(
-    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, True, facts=cpu.facts
+    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, modes, facts=cpu.facts
 )

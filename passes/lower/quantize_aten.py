@@ -25,14 +25,21 @@ def decompose_quantize(gm: GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if node.target is mpq.quantize.default:
             x, scale, zero, name = arguments(node)
-            fmt = format_named(name)
-            codes = encode(node, x, scalar(gm, scale), int(scalar(gm, zero)), fmt)
-            node.replace_all_uses_with(codes)
+            node.replace_all_uses_with(encode_static(gm, node, x, scale, zero, name))
             found += 1
         elif node.target is mpq.quantize_dynamic.default:
             _replace_dynamic(node, *node.args)
             found += 1
     return found
+
+
+def encode_static(
+    gm: GraphModule, anchor: Node, x: Node, scale: Node, zero: Node, name: str
+) -> Node:
+    """Scale and zero point stay tensors: as numbers in the code they would keep equal layers from
+    sharing one kernel.
+    """
+    return encode(anchor, x, scale, zero if scalar(gm, zero) else 0, format_named(name))
 
 
 def encode(anchor: Node, x: Any, scale: Any, zero: Any, fmt: Format) -> Node:

@@ -62,7 +62,7 @@ def measure(site: Site, choice: Choice) -> float:
     return site.macs * bits / 1e12
 
 
-def lower(gm: GraphModule) -> Kernels:
+def lower(gm: GraphModule, mode: str) -> Kernels:
     """Nothing to replace: the reference implementation is the op's default."""
     callees = [mpq.linear.default, mpq.conv.default, mpq.embedding.default]
     return {
@@ -73,7 +73,7 @@ def lower(gm: GraphModule) -> Kernels:
     }
 
 
-def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], thorough: bool) -> Compiled:
+def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], mode: str) -> Compiled:
     """Node by node, outside of the user's autocast: its casts are in the graph already."""
     gm.recompile()
 

@@ -5,7 +5,7 @@ A target is a value in `mpq_fx.passes.TARGETS`, or an entry point of the group m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ class Compiled:
 Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
 
 
+def no_modes(choices: Collection[Choice]) -> tuple[str, ...]:
+    """A compiler with one way of doing things."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Target:
     """Where ops run.  Plain functions: no state, no device dispatch."""
@@ -35,9 +40,9 @@ class Target:
     choices: Mapping[str, tuple[Choice, ...]]  # op of a site -> what it may run in
     refuse: Callable[[Site, Choice], Iterator[str]]  # reasons why not this one here
     measure: Callable[[Site, Choice], float]  # ms of one call, conversions included
-    lower: Callable[[GraphModule], Kernels]  # target-neutral ops -> callees, in place
-    compile: Callable[[GraphModule, Sequence[Any], bool], Compiled]  # thorough: take more time
-    has_templates: bool = False  # a thorough compilation is another one than a quick one
+    lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
+    compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
+    modes: Callable[[Collection[Choice]], tuple[str, ...]] = no_modes  # slower ones worth a try
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
 

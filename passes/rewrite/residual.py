@@ -45,8 +45,8 @@ def _integer(gm: GraphModule, anchor: Node, node: Node, choice: Choice, fixed: A
     fmt = format_named(choice.activation)
     codes = insert_call(anchor, mpq.quantize.default, (node, scale, zero, fmt.name))
     steps = insert_call(anchor, CAST, (codes, torch.float32))
-    steps = insert_call(anchor, aten.sub.Tensor, (steps, fixed[1].item()))
-    wide = insert_call(anchor, aten.mul.Tensor, (steps, fixed[0].item()))
+    steps = insert_call(anchor, aten.sub.Tensor, (steps, zero))
+    wide = insert_call(anchor, aten.mul.Tensor, (steps, scale))
     wide.meta[CODES] = codes
     return wide
 

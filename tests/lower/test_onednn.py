@@ -84,7 +84,7 @@ class Lowered:
         self.reference, _ = clone(gm)
         rewrite(self.reference, self.sites, choices, scales)
         self.lowered, _ = clone(self.reference)
-        self.kernels = ONEDNN.lower(self.lowered)
+        self.kernels = ONEDNN.lower(self.lowered, "")
         with torch.no_grad():
             self.folded = fold_constants(self.lowered, self.parameters)
 

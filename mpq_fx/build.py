@@ -1,0 +1,102 @@
+"""graph + assignment -> Variant: rewritten, lowered, folded, compiled, and its error measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpq_fx.binding import Installed
+from mpq_fx.facts import Choice
+from mpq_fx.graph import clone, placeholders
+from mpq_fx.measure import Measured, parse
+from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.lower.constants import fold_constants
+from mpq_fx.passes.lower.target import Kernels, Target
+from mpq_fx.passes.rewrite import rewrite
+from mpq_fx.sizes import size_guard
+
+if TYPE_CHECKING:
+    from mpq_fx.compiler import Graph
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An assignment, compiled, with its error measured on what really runs.
+
+    `installed` is None for the user's own float model under Inductor.
+    """
+
+    label: str  # "plan", "all bfloat16", …
+    assignment: Mapping[str, str]
+    installed: Installed | None
+    kernels: Kernels
+    error: float
+    mode: str = ""  # how it was compiled: one of the target's modes
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, {self.mode}" if self.mode else self.label
+
+
+def build(
+    graph: Graph, measured: Measured, label: str, assignment: Mapping[str, str], mode: str = ""
+) -> Variant:
+    """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
+    choices = parse(measured.proposal, assignment)
+    installed, kernels = lower(
+        graph, measured.target, measured.values, choices, measured.replay.scales, mode
+    )
+    errors = [
+        output_error(caller(installed, fresh(record))(), reference, measured.excluded)
+        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
+    ]
+    return Variant(label, assignment, installed, kernels, max(errors), mode)
+
+
+def lower(
+    graph: Graph,
+    target: Target,
+    values: Mapping[str, torch.Tensor],
+    choices: Mapping[str, Choice],
+    scales: Any,
+    mode: str = "",
+) -> tuple[Installed, Kernels]:
+    """canonical graph + choices -> compiled callable over owned constants, and its callees."""
+    gm, _ = clone(graph.gm)
+    rewrite(gm, graph.sites, choices, scales)
+    kernels = target.lower(gm, mode)
+    folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
+    inputs = [node.meta["val"] for node in placeholders(folded.gm)]
+    with size_guard(graph.gm) as accepts:
+        compiled = target.compile(folded.gm, inputs, mode)
+    live_names = tuple(graph.names[k] for k in folded.live)
+    passed = tuple(getattr(folded.gm, name) for name in folded.passed)
+    installed = Installed(
+        compiled.run,
+        folded.live,
+        passed,
+        folded.gm,
+        live_names,
+        compiled.derived,
+        gm,
+        folded.recipes,
+        accepts,
+    )
+    return installed, kernels
+
+
+def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
+    """A call of a compiled plan on a recorded call; mutated inputs are copies, and written to."""
+    args = [record[k] for k in installed.live]
+    return lambda: installed.run(*args, *installed.passed)
+
+
+def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
+    """A record whose plain tensors are copies, for a run that may write to its inputs."""
+    return tuple(
+        x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x
+        for x in record
+    )
