@@ -166,7 +166,8 @@ def _renamed(table: Table, names: Mapping[str, str]) -> Table:
     def rename(values: Mapping[Any, float]) -> dict[Any, float]:
         return {(names[key[0]], *key[1:]): value for key, value in values.items()}
 
-    return replace(table, values=rename(table.values), spread=rename(table.spread))
+    pairs = {(names[u], c, names[v], d): ms for (u, c, v, d), ms in table.pairs.items()}
+    return replace(table, values=rename(table.values), spread=rename(table.spread), pairs=pairs)
 
 
 def _scales(measured: Measured, names: Mapping[str, str]) -> dict[str, torch.Tensor]:

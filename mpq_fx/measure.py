@@ -19,6 +19,7 @@ from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.analyze.cost import latency, sizes
+from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.observe import Observed, concrete, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 Record = Sequence[Any]
+ERROR_TABLE = 0.25  # share of the time budget after which no further call is measured
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     with clock.stage("error table"):
-        metric, deadline = METRICS.named(config.sensitivity), clock.deadline(0.4)
+        metric, deadline = METRICS.named(config.sensitivity), clock.deadline(ERROR_TABLE)
         error = metric(
             replay,
             proposal.options,
@@ -86,7 +88,14 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         )
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
-        ms = latency(sites, proposal.options, target, cache_dir=config.cache_dir)
+        ms = latency(
+            sites,
+            proposal.options,
+            target,
+            edges=find_edges(graph.gm, graph.sites),
+            ties=tied,
+            cache_dir=config.cache_dir,
+        )
     if error.provenance["records"] < len(parts.choose):
         clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}

@@ -67,6 +67,7 @@ def problem(
         error=dict(tables["error"].values),
         pairs=dict(tables["error"].pairs),
         resources=resources,
+        edges={name: dict(tables[name].pairs) for name in resources if tables[name].pairs},
         budgets=limits,
         objective=OBJECTIVES[objective],
         ties=tuple(map(tuple, ties)),

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpq_fx.build import Variant, build, caller
@@ -15,7 +14,7 @@ from mpq_fx.config import Config
 from mpq_fx.facts import Choice
 from mpq_fx.formats import format_named
 from mpq_fx.measure import Measured, parse
-from mpq_fx.passes.allocate import is_feasible
+from mpq_fx.passes.allocate import is_feasible, value_of
 from mpq_fx.problem import problem
 from mpq_fx.search import Found, Judge, drop, joint_error, search
 from mpq_fx.verify import Timing, pick, race
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 FLOAT = "inductor float"  # the user's own model, compiled as without mpq
-# Share of the time budget after which no further compilation of a kind is begun.
-BEGIN = {"the plan's modes": 0.6, "a simpler plan": 1.0, "the winner's modes": 0.75}
+# Shares of the time budget after which something is not begun any more.
+SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
+HOPELESS = 1.5  # a plan with this many times the predicted latency is not compiled for the race
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
@@ -51,37 +51,33 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
 ) -> Settled:
     """Compile the plan and each uniform plan that is allowed, race them, keep the best.
 
-    In this order, as far as the time budget reaches: the plan, the plan in slower modes of
-    compilation, simpler plans, slower modes of the winner.
+    In this order, as far as the time budget reaches: the plan in the most promising mode of
+    compilation, simpler plans, the winner in the other modes.
     """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
     errors = {plan.name: plan.error, FLOAT: 0.0}
     if not measured.target.is_timed:
         return Settled({plan.name: plan}, errors, {}, plan, found)
     variants = {plan.name: plan}
-    is_allowed = partial(_is_allowed, measured, found, judge)
-    _add_modes(graph, measured, plan, variants, clock, "the plan's modes")
     for label, assignment in contenders(measured).items():
         errors[label] = joint_error(measured, assignment)
-        if _is_repeated(assignment, variants) or not is_allowed(assignment, errors[label]):
+        if not _is_promising(measured, assignment, variants) or not _is_allowed(
+            measured, found, judge, assignment, errors[label]
+        ):
             continue
-        if clock.is_past(BEGIN["a simpler plan"]):
+        if clock.is_past(SIMPLER_PLAN):
             clock.cut(f"{label!r} was not compiled for comparison")
             continue
         with clock.stage("compile"):
-            variant = build(graph, measured, label, assignment)
-        errors[label] = variant.error
-        _add(variant, variants, measured)
+            _add(build(graph, measured, label, assignment), variants, measured)
     floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
     if _is_allowed(measured, found, None, floats, 0.0):
         variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
-    if winner.label != plan.label and winner.installed is not None:
-        compiled = {winner.name: winner}
-        _add_modes(graph, measured, winner, compiled, clock, "the winner's modes")
-        if len(compiled) > 1:
-            winner, again = _raced(measured, config, clock, compiled, run_float)
-            variants, timings = {**variants, **compiled}, {**timings, **again}
+    modes = _in_more_modes(graph, measured, winner, clock)
+    if len(modes) > 1:
+        winner, again = _raced(measured, config, clock, modes, run_float)
+        variants, timings = {**variants, **modes}, {**timings, **again}
     errors |= {name: variant.error for name, variant in variants.items()}
     return Settled(variants, errors, timings, winner, found)
 
@@ -92,22 +88,38 @@ def _add(variant: Variant, variants: dict[str, Variant], measured: Measured) -> 
         variants[variant.name] = variant
 
 
-def _add_modes(
-    graph: Graph,
-    measured: Measured,
-    base: Variant,
-    variants: dict[str, Variant],
-    clock: Clock,
-    share: str,
-) -> None:
-    """The same assignment compiled in the target's other modes, while there is time."""
-    choices = parse(measured.proposal, base.assignment)
-    for mode in measured.target.modes(tuple(choices.values())):
-        if clock.is_past(BEGIN[share]):
-            clock.cut(f"{base.label!r} was not compiled with {mode}")
-            return
-        with clock.stage(f"compile with {mode}"):
-            _add(build(graph, measured, base.label, base.assignment, mode), variants, measured)
+def _is_promising(
+    measured: Measured, assignment: Mapping[str, str], variants: Mapping[str, Variant]
+) -> bool:
+    """Is a simpler plan another one than those that race, and of a similar predicted latency?"""
+    if any(dict(v.assignment) == dict(assignment) for v in variants.values()):
+        return False
+    asked = problem(measured.tables, objective="latency", budgets={}, baseline={})
+    best = min(value_of(asked, "latency", v.assignment) for v in variants.values())
+    return value_of(asked, "latency", assignment) <= HOPELESS * best
+
+
+def _modes(measured: Measured, assignment: Mapping[str, str]) -> tuple[str, ...]:
+    """How the target would compile an assignment, the most promising mode first."""
+    return measured.target.modes(tuple(parse(measured.proposal, assignment).values()))
+
+
+def _in_more_modes(
+    graph: Graph, measured: Measured, winner: Variant, clock: Clock
+) -> dict[str, Variant]:
+    """The winner, and the same assignment compiled in other modes while there is time."""
+    found = {winner.name: winner}
+    if winner.installed is None:
+        return found
+    for mode in _modes(measured, winner.assignment):
+        if mode == winner.mode:
+            continue
+        if clock.is_past(MORE_MODES):
+            clock.cut(f"{winner.label!r} was not compiled with {mode or 'kernels of oneDNN alone'}")
+            break
+        with clock.stage(f"compile with {mode}" if mode else "compile"):
+            _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
+    return found
 
 
 def _raced(
@@ -138,8 +150,10 @@ def _meet_tolerance(
 ) -> tuple[Variant, Found]:
     """Build the plan; where kernels round worse than the replay, search again a little tighter."""
     for _ in range(RETRIES):
-        with clock.stage("compile"):
-            plan = build(graph, measured, "plan", found.candidate.solution.assignment)
+        assignment = found.candidate.solution.assignment
+        mode = "" if clock.is_past(SLOW_MODE) else _modes(measured, assignment)[0]
+        with clock.stage(f"compile with {mode}" if mode else "compile"):
+            plan = build(graph, measured, "plan", assignment, mode)
         if measured.tolerance is None or plan.error <= measured.tolerance:
             return plan, found
         tighter = measured.tolerance * min(0.98, 0.98 * found.candidate.error / plan.error)
@@ -209,9 +223,3 @@ def _is_allowed(
         problem(measured.tables, objective="latency", budgets=budgets, baseline=found.baseline),
         assignment,
     )
-
-
-def _is_repeated(assignment: Mapping[str, str], variants: Mapping[str, Variant]) -> bool:
-    # The user's own float model is compiled otherwise: mpq's float has its weights packed.
-    same = (dict(v.assignment) == dict(assignment) for v in variants.values() if v.installed)
-    return any(same)

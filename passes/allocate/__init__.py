@@ -8,7 +8,7 @@ from typing import Protocol
 from mpq_fx.passes.allocate import brute_force, cp_sat, lagrangian
 from mpq_fx.passes.allocate.frontier import frontier
 from mpq_fx.passes.allocate.infeasible import Diagnosis, diagnose, explain
-from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, values_of
+from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, value_of, values_of
 from mpq_fx.plugins import Catalog
 
 
@@ -39,5 +39,6 @@ __all__ = [
     "explain",
     "frontier",
     "is_feasible",
+    "value_of",
     "values_of",
 ]

@@ -1,4 +1,5 @@
-"""ms[u, c] measured once per distinct (op, shapes, choice) on this device; bytes, bits, bops exact.
+"""ms[u, c] and ms[u, c, v, d] measured once per distinct (op, shapes, choices) on this device;
+bytes, bits, bops exact.
 
 Measured latencies are kept on disk, keyed by device, library versions, op, shapes and choice.
 """
@@ -6,11 +7,13 @@ Measured latencies are kept on disk, keyed by device, library versions, op, shap
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from mpq_fx.formats import FORMATS
 from mpq_fx.passes.lower.target import Target
 
 Options = Mapping[str, tuple[Choice, ...]]
+ROUNDS = 3
 
 
 def latency(
@@ -27,33 +31,106 @@ def latency(
     options: Options,
     target: Target,
     *,
+    edges: Mapping[str, str] | None = None,
+    ties: Sequence[tuple[str, ...]] = (),
     cache_dir: str | Path | None = None,
 ) -> Table:
-    """Milliseconds of each (unit, choice): the kernel and the conversion of its input."""
+    """Milliseconds of each (unit, choice), and of the conversion between two sites of an edge.
+
+    A conversion that lies on no edge is part of the site that reads its result; a tensor that
+    tied sites read is converted once.  Each is measured ROUNDS times, all others in between, and
+    the least counts: what else the machine does only adds.
+    """
     begin, path = time.monotonic(), cache_path(target, cache_dir)
-    known = read(path)
-    values, measured = {}, 0
-    for site in sites:
-        for choice in options[site.name]:
-            facts = (site.op, site.input_shape, site.weight_shape, site.attributes, site.dtype)
-            key = f"{facts} {choice.name}"
-            if key not in known:
-                known[key] = target.measure(site, choice)
-                measured += 1
-            values[site.name, choice.name] = known[key]
-    if measured:
+    known, edges = read(path), edges or {}
+    asked = _measurements(sites, options, target, edges, ties)
+    new = {key: call for key, call in asked.items() if key not in known}
+    for _ in range(ROUNDS):
+        for key, call in new.items():
+            known[key] = min(call(), known.get(key, math.inf))
+    if new:
         write(path, known)
+    values, pairs = _assembled(sites, options, known, edges, ties)
     return Table(
         "microbenchmark",
         "ms",
         values,
+        pairs=pairs,
         provenance={
-            "measured": measured,
-            "cached": len(values) - measured,
+            "measured": len(new),
+            "cached": len(asked) - len(new),
             "threads": torch.get_num_threads(),
             "seconds": round(time.monotonic() - begin, 3),
         },
     )
+
+
+def _measurements(
+    sites: Sequence[Site],
+    options: Options,
+    target: Target,
+    edges: Mapping[str, str],
+    ties: Sequence[tuple[str, ...]],
+) -> dict[str, Callable[[], float]]:
+    """key -> how to measure it; equal shapes and choices share a key."""
+    asked: dict[str, Callable[[], float]] = {}
+    for site in sites:
+        for choice in options[site.name]:
+            asked[kernel_key(site, choice)] = partial(target.measure, site, choice)
+    for site, before, after in _conversions(sites, options, edges, ties):
+        key = conversion_key(site, before, after)
+        asked[key] = partial(target.convert, site, before, after)
+    return asked
+
+
+def _conversions(
+    sites: Sequence[Site],
+    options: Options,
+    edges: Mapping[str, str],
+    ties: Sequence[tuple[str, ...]],
+) -> Iterator[tuple[Site, Choice | None, Choice]]:
+    """(reader, choice of the site before it if there is one, its own choice)"""
+    repeated = {site for tie in ties for site in tie[1:]}
+    for site in sites:
+        if site.name in repeated:
+            continue
+        befores = options[edges[site.name]] if site.name in edges else (None,)
+        for before in befores:
+            for after in options[site.name]:
+                yield site, before, after
+
+
+def _assembled(
+    sites: Sequence[Site],
+    options: Options,
+    known: Mapping[str, float],
+    edges: Mapping[str, str],
+    ties: Sequence[tuple[str, ...]],
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str, str, str], float]]:
+    """Single and pairwise terms from what is known by key."""
+    values = {
+        (site.name, choice.name): known[kernel_key(site, choice)]
+        for site in sites
+        for choice in options[site.name]
+    }
+    pairs = {}
+    for site, before, after in _conversions(sites, options, edges, ties):
+        ms = known[conversion_key(site, before, after)]
+        if before is None:
+            values[site.name, after.name] += ms
+        elif ms:
+            pairs[edges[site.name], before.name, site.name, after.name] = ms
+    return values, pairs
+
+
+def kernel_key(site: Site, choice: Choice) -> str:
+    facts = (site.op, site.input_shape, site.weight_shape, site.attributes, site.dtype)
+    return f"{facts} {choice.name}"
+
+
+def conversion_key(site: Site, before: Choice | None, after: Choice) -> str:
+    made = before.name if before else "fused"
+    return f"{site.op} {site.input_shape} {site.dtype} {made} -> {after.name}"
 
 
 def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:

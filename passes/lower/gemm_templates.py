@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,20 +35,21 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
 
     Matmuls whose activation is not of one of `dtypes` stay calls into oneDNN.
     """
+    from torch._inductor.codegen.common import KernelTemplate
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate as Template
 
     found: list[Redo] = []
     choice = _Choice()
     add = Template.__dict__["add_choices"].__func__
     pack = Template.__dict__["prep_weight"].__func__
-
-    kept = Template.__dict__["add_choices"], Template.__dict__["prep_weight"]
-    Template.add_choices = classmethod(_noting(choice, add, dtypes))  # type: ignore[assignment]
-    Template.prep_weight = classmethod(_collecting(choice, pack, found))  # type: ignore[assignment]
-    try:
+    parse = KernelTemplate._template_from_string
+    with (
+        patch.object(Template, "add_choices", classmethod(_noting(choice, add, dtypes))),
+        patch.object(Template, "prep_weight", classmethod(_collecting(choice, pack, found))),
+        # Inductor parses the same templates again for every matmul: a third of the time.
+        patch.object(KernelTemplate, "_template_from_string", staticmethod(cache(parse))),
+    ):
         yield found
-    finally:
-        Template.add_choices, Template.prep_weight = kept
 
 
 def _noting(

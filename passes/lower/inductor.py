@@ -34,10 +34,10 @@ OPERANDS = {  # mode -> dtypes of activations whose matmuls become templates
 
 
 def modes(choices: Collection[Choice]) -> tuple[str, ...]:
-    """Integer matmuls gain most from a template, by what it fuses; others by the saved call."""
+    """Integer matmuls gain from a template what it fuses; small matmuls of floats, the call."""
     has_static = any(choice.scaling == "static" for choice in choices)
     has_float = any(choice.activation == "bfloat16" for choice in choices)
-    return (INT8,) * has_static + (ALL,) * has_float
+    return (INT8,) * has_static + ("",) + (ALL,) * has_float
 
 
 def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) -> Compiled:

@@ -23,7 +23,7 @@ from mpq_fx.passes.lower import cpu
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
 from mpq_fx.passes.lower.inductor import compile_frozen, modes
-from mpq_fx.passes.lower.onednn_cost import measure
+from mpq_fx.passes.lower.onednn_cost import convert, measure
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
@@ -365,5 +365,14 @@ def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Nod
 
 
 ONEDNN = Target(
-    "cpu", unavailable, CHOICES, refuse, measure, lower, compile_frozen, modes, facts=cpu.facts
+    "cpu",
+    unavailable,
+    CHOICES,
+    refuse,
+    measure,
+    lower,
+    compile_frozen,
+    modes,
+    convert,
+    facts=cpu.facts,
 )

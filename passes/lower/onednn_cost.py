@@ -1,4 +1,4 @@
-"""ms of a site on oneDNN: the matmul on packed weights, and one pass that converts its input"""
+"""ms of a site on oneDNN: the matmul on packed weights; and of a pass that converts its input"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure(site: Site, choice: Choice) -> float:
         is_matmul = site.op == "linear" or is_pointwise(site)
         kernel = (linear if is_matmul else KERNELS[site.op])(site, choice, x)
         saved = call_overhead() if is_matmul and choice.scaling == "static" else 0.0
-        return max(milliseconds(kernel) - saved, 0.0) + conversion(x, site, choice)
+        return max(milliseconds(kernel) - saved, 0.0)
 
 
 def is_pointwise(site: Site) -> bool:
@@ -37,18 +37,34 @@ def is_pointwise(site: Site) -> bool:
     return len(site.weight_shape) == 4 and groups == 1 and not any(padding)
 
 
-def conversion(x: Tensor | None, site: Site, choice: Choice) -> float:
-    """Writing the input in the choice's width; dynamic ranges read it once more before.
+def convert(site: Site, before: Choice | None, after: Choice) -> float:
+    """Between two sites one pass that reads one format and writes the other, unless they agree.
 
-    Inductor fuses a cast and a static quantization into the kernel that makes x, which leaves
-    what they write.  A dynamic one cannot know its scale before the last value was seen.
+    Behind any other op Inductor fuses a cast and a static quantization into the kernel that makes
+    x, which leaves what they write.  A dynamic scale needs every value before it codes the first.
     """
-    if x is None or site.op == "residual" or choice.activation == site.dtype:
+    if site.op not in ("linear", "conv"):
         return 0.0
-    if choice.scaling == "dynamic":
-        return milliseconds(lambda: (torch.aminmax(x), x.to(torch.int8)))
-    codes = torch.empty_like(x, dtype=torch.uint8 if choice.scaling == "static" else torch.bfloat16)
-    return milliseconds(codes.zero_)
+    shape = [int(size) for size in site.input_shape]
+    with torch.inference_mode(False), torch.no_grad():
+        if after.scaling == "dynamic":
+            x = torch.randn(shape)
+            return milliseconds(lambda: (torch.aminmax(x), x.to(torch.int8)))
+        codes = torch.empty(shape, dtype=handed_over(site, after))
+        if before is None:
+            return 0.0 if after.activation == site.dtype else milliseconds(codes.zero_)
+        made = torch.empty(shape, dtype=handed_over(site, before))
+        if made.dtype == codes.dtype:
+            return 0.0
+        return milliseconds(lambda: codes.copy_(made))
+
+
+def handed_over(site: Site, choice: Choice) -> torch.dtype:
+    """What a site in a choice reads, and can write if the next one is in it too."""
+    if choice.scaling == "static":
+        return torch.uint8
+    name = site.dtype if choice.scaling == "dynamic" else choice.activation
+    return getattr(torch, name)
 
 
 @cache
@@ -121,9 +137,8 @@ def integer_conv(
 
 def residual(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     """Bound by memory: one sum written and read again in the width it is stored in."""
-    dtype = torch.uint8 if choice.scaling == "static" else getattr(torch, choice.weight)
-    a = x.to(dtype)
-    return lambda: a + a
+    kept = x.to(handed_over(site, choice))
+    return lambda: torch.empty_like(kept).copy_(kept)
 
 
 def matmul(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:

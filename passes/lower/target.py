@@ -26,9 +26,9 @@ class Compiled:
 Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
 
 
-def no_modes(choices: Collection[Choice]) -> tuple[str, ...]:
+def one_mode(choices: Collection[Choice]) -> tuple[str, ...]:
     """A compiler with one way of doing things."""
-    return ()
+    return ("",)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Target:
     unavailable: Callable[[], str]  # "" or the reason
     choices: Mapping[str, tuple[Choice, ...]]  # op of a site -> what it may run in
     refuse: Callable[[Site, Choice], Iterator[str]]  # reasons why not this one here
-    measure: Callable[[Site, Choice], float]  # ms of one call, conversions included
+    measure: Callable[[Site, Choice], float]  # ms of one call
     lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
-    modes: Callable[[Collection[Choice]], tuple[str, ...]] = no_modes  # slower ones worth a try
+    modes: Callable[[Collection[Choice]], tuple[str, ...]] = one_mode  # most promising first
+    # ms to bring an input from the format of the site before (None: any other op) to the site's own
+    convert: Callable[[Site, Choice | None, Choice], float] = lambda site, before, after: 0.0
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
 
