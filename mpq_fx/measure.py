@@ -76,28 +76,11 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    with clock.stage("error table"):
-        metric, deadline = METRICS.named(config.sensitivity), clock.deadline(ERROR_TABLE)
-        error = metric(
-            replay,
-            proposal.options,
-            parts.choose,
-            ties=tied,
-            excluded=graph.caches,
-            deadline=deadline,
-        )
+    error = _error_table(replay, proposal, parts, tied, graph.caches, config, clock)
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
-        ms = latency(
-            sites,
-            proposal.options,
-            target,
-            edges=find_edges(graph.gm, graph.sites),
-            ties=tied,
-            cache_dir=config.cache_dir,
-        )
-    if error.provenance["records"] < len(parts.choose):
-        clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
+        edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
+        ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
     return Measured(
         target,
@@ -114,6 +97,31 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tied,
         graph.caches,
     )
+
+
+def _error_table(  # noqa: PLR0913 -- a step of measure, cut out of it
+    replay: Replayer,
+    proposal: Proposal,
+    parts: Parts,
+    tied: tuple[tuple[str, ...], ...],
+    excluded: frozenset[int],
+    config: Config,
+    clock: Clock,
+) -> Table:
+    """The metric's table; a call of the choose part that there was no time for is noted."""
+    metric = METRICS.named(config.sensitivity)
+    with clock.stage("error table"):
+        error = metric(
+            replay,
+            proposal.options,
+            parts.choose,
+            ties=tied,
+            excluded=excluded,
+            deadline=clock.deadline(ERROR_TABLE),
+        )
+    if error.provenance["records"] < len(parts.choose):
+        clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
+    return error
 
 
 def _proposal(

@@ -49,7 +49,7 @@ def measured_singles(
         "measured_singles",
         "noise_power",
         {**floats, **{key: sum(seen) / len(seen) for key, seen in sums.items()}},
-        spread={key: max(seen) - min(seen) for key, seen in sums.items()},
+        spread={**floats, **{key: max(seen) - min(seen) for key, seen in sums.items()}},
         provenance={
             "records": used,
             "of": len(records),

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize, relative_rms, scale_and_zero
-from mpq_fx.passes.analyze.cost import sizes
+from mpq_fx.passes.analyze.cost import latency, sizes
+from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.observe import (
     least_noise,
     merge,
@@ -27,6 +29,9 @@ from mpq_fx.passes.analyze.observe import (
 )
 from mpq_fx.passes.analyze.replay import output_error, run_in
 from mpq_fx.passes.analyze.sensitivity import measured_singles
+from mpq_fx.passes.lower.reference import REFERENCE
+from tests.architectures import values
+from tests.passes.conftest import subject
 
 FLOAT, BF16 = Choice("float32", "float32"), Choice("bfloat16", "bfloat16")
 DYNAMIC, STATIC = Choice("int8", "int8", "dynamic"), Choice("int8", "uint8_tensor", "static")
@@ -104,6 +109,64 @@ def test_singles_with_a_shared_prefix_equal_one_replay_per_choice(net):
     assert all(table.values[site.name, FLOAT.name] == 0.0 for site in net.sites)
     assert all(table.values[site.name, DYNAMIC.name] > 0.0 for site in net.sites)
     assert table.provenance["records"] == 3
+
+
+def test_tied_sites_are_measured_together_and_share_the_noise(net):
+    tie = tuple(site.name for site in net.sites)
+    options = dict.fromkeys(tie, (FLOAT, BF16))
+    table = measured_singles(net.replay(), options, net.calls, ties=[tie])
+    replay = net.replay()
+    errors = [
+        output_error(replay.run(call, dict.fromkeys(tie, BF16)), replay.run(call, {}))
+        for call in net.calls
+    ]
+    joint = sum(error**2 for error in errors) / len(errors)
+    assert sum(table.values[name, BF16.name] for name in tie) == pytest.approx(joint, rel=1e-9)
+
+
+# --- the latency table -------------------------------------------------------------------------
+
+
+def read_through(x, first, second, third):
+    """first -> relu -> second is an edge; third reads what two others read as well."""
+    y = functional.linear(torch.relu(functional.linear(x, first)), second)
+    return (functional.linear(y, third) + y,)
+
+
+def test_an_edge_joins_two_sites_where_nobody_else_reads_what_lies_between():
+    net = subject(read_through, [values(32, 32) for _ in range(3)], 4, 32)
+    first, second, _ = (site.name for site in net.sites)
+    assert find_edges(net.gm, net.sites) == {second: first}
+
+
+def test_conversions_are_single_terms_unless_they_lie_on_an_edge(net, tmp_path):
+    first, second = net.sites
+    target = replace(
+        REFERENCE,
+        measure=lambda site, choice: 2.0,
+        convert=lambda site, before, after: (
+            0.5 if before is None else 0.25 * (before.activation != after.activation)
+        ),
+    )
+    options = {site.name: (FLOAT, BF16) for site in net.sites}
+    edges = {second.name: first.name}
+    table = latency(tuple(net.sites), options, target, edges=edges, cache_dir=tmp_path)
+    assert {table.values[first.name, c.name] for c in (FLOAT, BF16)} == {2.5}
+    assert {table.values[second.name, c.name] for c in (FLOAT, BF16)} == {2.0}
+    assert table.pairs == {
+        (first.name, FLOAT.name, second.name, BF16.name): 0.25,
+        (first.name, BF16.name, second.name, FLOAT.name): 0.25,
+    }
+    again = latency(tuple(net.sites), options, target, edges=edges, cache_dir=tmp_path)
+    assert (again.provenance["measured"], again.values) == (0, table.values)
+
+
+def test_a_tensor_that_tied_sites_read_is_converted_once(net, tmp_path):
+    target = replace(REFERENCE, measure=lambda *_: 1.0, convert=lambda *_: 0.5)
+    options = {site.name: (FLOAT, BF16) for site in net.sites}
+    tie = tuple(options)
+    table = latency(tuple(net.sites), options, target, ties=[tie], cache_dir=tmp_path)
+    assert [table.values[name, BF16.name] for name in tie] == [1.5, 1.0]
 
 
 def test_past_the_deadline_the_table_rests_on_one_call_and_says_so(net):
