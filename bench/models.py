@@ -30,6 +30,7 @@ class Recipe:
     length: Mapping[str, int]  # tokens of a text, or pixels of one side of an image
     vocabulary: str = ""  # the argument that holds it; "" for images
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the network, in every size
     is_transformer: bool = True
 
 
@@ -59,8 +60,9 @@ class Case:
 MODELS = {
     "bert-base": Recipe(
         "BertConfig",
-        "BertModel",
+        "BertModel",  # its hidden states: two logits of a random head are noise
         {"full": 128, "tiny": 16},
+        options={"add_pooling_layer": False},
         vocabulary="vocab_size",
         arguments={
             "full": {"vocab_size": 30522},
@@ -159,7 +161,7 @@ def build(name: str, batch: int, size: str = "full") -> Case:
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, recipe.config)(**recipe.arguments[size])
-    model = FirstOutput(getattr(transformers, recipe.network)(config))
+    model = FirstOutput(getattr(transformers, recipe.network)(config, **recipe.options))
     length = recipe.length[size]
     vocabulary = getattr(config, recipe.vocabulary) if recipe.vocabulary else 0
     shape = (batch, length) if vocabulary else (batch, 3, length, length)

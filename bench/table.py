@@ -23,7 +23,7 @@ EXPLANATION = """\
 Median milliseconds of one call, with the error of the output against fp32 in brackets: the largest
 relative RMS over inputs that were not used for calibration. Weights are random, so these errors
 compare arithmetic; they are not accuracies. Each variant runs in a process of its own, and all are
-asked in turn. `mpq` has its default tolerance, the error of the whole model in bfloat16, and 150 s
+asked in turn. `mpq` has its default tolerance, the error of the whole model in bfloat16, and 120 s
 to plan; `mpq bar` may have the largest error among Inductor's variants and PT2E int8; `mpq all
 bf16` shows what is left without integers. Behind the times of mpq stands their share of the best
 Inductor variant's, measured in the same run."""

@@ -218,7 +218,7 @@ def _openvino_runner(model: Any, converter: str) -> Runner:
     )
 
 
-TIME_BUDGET = 150.0  # seconds mpq may plan for: peers with max-autotune compile as long
+TIME_BUDGET = 120.0  # seconds mpq may plan for: peers with max-autotune compile as long
 
 
 def mpq(case: Case, **options: Any) -> Runner:

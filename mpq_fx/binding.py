@@ -55,6 +55,7 @@ class Binding:
     trial: Callable[..., Any] | None = None  # a plan under test in `tune`
     watch: Watch | None = None
     watched: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()  # of the watched among the parameters
     released: bool = False
     order: int = field(default_factory=itertools.count().__next__)  # of first calls
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
@@ -67,6 +68,7 @@ class Binding:
     def install(self, installed: Installed, plan: Plan) -> None:
         """Switch to a compiled plan at once; the calibration inputs are let go."""
         self.watched = tuple(sorted({p for r in installed.recipes for p in r.parameters}))
+        self.positions = tuple(map(self.names.index, self.watched))
         values = self.values()
         self.watch = Watch([values[name] for name in self.watched])
         self.installed, self.plan, self.reason = installed, plan, ""
@@ -76,14 +78,15 @@ class Binding:
         self.installed, self.reason, self.records = None, reason, []
         self.plan = plan
 
-    def freshen(self, values: Mapping[str, Tensor]) -> list[str]:
+    def freshen(self, parameters: Sequence[Tensor]) -> list[str]:
         """Recompute the constants of weights that changed; the cheap check of every call."""
         if self.watch is None or self.released:
             return []
-        tensors = [values[name] for name in self.watched]
+        tensors = [parameters[k] for k in self.positions]
         changed = self.watch.changed(tensors)
         if changed:
             with self.lock:
+                values = dict(zip(self.names, parameters, strict=True))
                 self.update(values, [self.watched[k] for k in changed])
                 self.watch.accept(tensors, changed)
         return [self.watched[k] for k in changed]

@@ -121,7 +121,7 @@ class Lifecycle:
     def _run(self, binding: Binding, parameters: tuple[Tensor, ...], args: Sequence[Any]) -> Any:
         installed = binding.installed
         assert installed is not None
-        binding.freshen(dict(zip(binding.names, parameters, strict=True)))
+        binding.freshen(parameters)
         if not installed.accepts(args):
             return self._run_float(binding, args)
         return installed.run(*[args[k] for k in installed.live], *installed.passed)

@@ -75,9 +75,9 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
         variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
     modes = _in_more_modes(graph, measured, winner, clock)
-    if len(modes) > 1:
-        winner, again = _raced(measured, config, clock, modes, run_float)
-        variants, timings = {**variants, **modes}, {**timings, **again}
+    if len(modes) > 1:  # all again: times of two races do not compare
+        variants = {**variants, **modes}
+        winner, timings = _raced(measured, config, clock, variants, run_float)
     errors |= {name: variant.error for name, variant in variants.items()}
     return Settled(variants, errors, timings, winner, found)
 

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-CALLS = 32  # calls after which every tensor was looked at once
+CALLS = 64  # calls after which every tensor was looked at once
 BLOCK = 1024  # neighboring elements summed at each look
 CHUNK = 1 << 22  # elements widened to 64 bits at a time
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -143,3 +143,18 @@ def test_every_dependency_is_imported_or_asked_for_by_torch():
         for module in imported_modules(path)
     }
     assert set(requirements()) - imported <= {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("source", "free"),
+    [
+        ("mpq_fx.kernels", "errors formats numerics"),
+        ("mpq_fx.passes", "config errors facts formats graph numerics plugins"),
+    ],
+)
+def test_a_new_module_of_the_spine_is_closed_to_passes_and_kernels(source, free):
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
+    (contract,) = [c for c in contracts if c["source_modules"] == [source]]
+    spine = {p.stem for p in (ROOT / "mpq_fx").glob("*.py") if not p.stem.startswith("__")}
+    closed = {f"mpq_fx.{name}" for name in spine - set(free.split())}
+    assert closed <= set(contract["forbidden_modules"])

@@ -34,6 +34,7 @@ CLEANUP = (
     sink_casts,  # before cancel_casts: brings an upcast next to the downcast behind a view
     cancel_casts,
     hoist_narrowing,  # after merge_quantize: a pooling with one reader left
+    merge_quantize,  # the casts of q, k and v, now in front of the slices of their joined linear
     cancel_casts,
 )
 

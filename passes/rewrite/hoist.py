@@ -19,21 +19,34 @@ ORDERED = frozenset({aten.max_pool2d.default}) | VIEWS
 
 
 def hoist_narrowing(gm: GraphModule) -> int:
-    """Move a quantization or a narrowing cast in front of the pooling or view that it alone
-    reads.
+    """Move a quantization or a narrowing cast in front of the poolings and views that it alone
+    reads, as far as it goes.
     """
     found = 0
     for node in list(gm.graph.nodes):
-        moved = node.args[0] if is_narrowing(node) else None
-        if moved is None or moved.target not in ORDERED or len(moved.users) > 1:
-            continue
-        source = moved.args[0]
-        narrow = insert_call(node, node.target, (source, *node.args[1:]))
-        after = insert_call(node, moved.target, (narrow, *moved.args[1:]), dict(moved.kwargs))
-        node.replace_all_uses_with(after)
-        gm.graph.erase_node(node)
-        found += 1
+        narrow = node
+        while moved := _movable(narrow):
+            narrow = _swap(gm, narrow, moved)
+            found += 1
     return found
+
+
+def _movable(node: Node) -> Node | None:
+    """What a narrowing may be moved in front of."""
+    before = node.args[0] if is_narrowing(node) else None
+    if isinstance(before, Node) and before.target in ORDERED and len(before.users) == 1:
+        return before
+    return None
+
+
+def _swap(gm: GraphModule, node: Node, moved: Node) -> Node:
+    """narrow(move(x))  ->  move(narrow(x)); the new narrowing"""
+    narrow = insert_call(node, node.target, (moved.args[0], *node.args[1:]))  # type: ignore[arg-type]
+    after = insert_call(node, moved.target, (narrow, *moved.args[1:]), dict(moved.kwargs))  # type: ignore[arg-type]
+    node.replace_all_uses_with(after)
+    gm.graph.erase_node(node)
+    gm.graph.erase_node(moved)
+    return narrow
 
 
 def is_narrowing(node: Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from mpq_fx.facts import Choice
 from mpq_fx.formats import format_named
-from mpq_fx.graph import ops, run_passes
+from mpq_fx.graph import ops, run_passes, value
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.analyze.observe import observe, static_scales
 from mpq_fx.passes.rewrite import rewrite
@@ -17,7 +17,7 @@ from mpq_fx.passes.rewrite.cancel_casts import cancel_casts, sink_casts
 from mpq_fx.passes.rewrite.merge_linear import merge_linear
 from mpq_fx.passes.rewrite.merge_quantize import merge_quantize
 from tests.architectures import values
-from tests.passes.conftest import BF16, DYNAMIC, STATIC, WEIGHT_ONLY
+from tests.passes.conftest import BF16, DYNAMIC, STATIC, WEIGHT_ONLY, subject
 from tests.toy_backend import graph_of
 
 FLOAT = Choice("float32", "float32")
@@ -159,3 +159,23 @@ def test_equal_casts_of_one_tensor_become_one():
     )
     run_passes(gm, (merge_quantize,))
     assert ops(gm).split().count("to") == 2
+
+
+def attended(x, query, key, value):
+    heads = (
+        torch.nn.functional.linear(x, w).unflatten(-1, (4, 8)).transpose(0, 1)
+        for w in (query, key, value)
+    )
+    return (torch.nn.functional.scaled_dot_product_attention(*heads),)
+
+
+def test_the_casts_of_attention_move_in_front_of_the_slices_into_one(isolated):
+    net = subject(attended, [values(32, 32) + k for k in range(3)], 4, 32)
+    choices = {s.name: BF16 if s.op == "attention" else STATIC for s in net.sites}
+    gm = rewritten(net, choices, scales_of(net))
+    (joined,) = [n for n in gm.graph.nodes if n.target is torch.ops.mpq.linear.default]
+    (cast,) = joined.users
+    assert value(cast).dtype == torch.bfloat16
+    assert len(cast.users) == 3
+    exact = net.gm(*net.calls[0])[0]
+    assert relative_rms(gm(*net.calls[0])[0], exact) < 0.05

@@ -30,6 +30,7 @@ def race(monkeypatch):
         return {name: Timing(times.get(name, 10.0), 0.0, 0.0) for name in variants}
 
     monkeypatch.setattr(settle, "race", fake)
+    monkeypatch.setattr(settle, "HOPELESS", float("inf"))  # the reference's latencies are bits
     return times, ran
 
 
@@ -70,6 +71,18 @@ def test_a_simpler_plan_that_is_clearly_faster_runs_and_the_notes_say_so(isolate
 
 def test_less_than_the_margin_is_no_reason_to_change(isolated, tuned):
     assert tuned(all_int8=10.0 * (1 - MARGIN / 2)).winner == "plan"
+
+
+def test_a_simpler_plan_of_far_larger_predicted_latency_is_not_compiled(
+    isolated, monkeypatch, tuned, race
+):
+    monkeypatch.setattr(settle, "HOPELESS", 1.5)
+    plan = tuned()
+    ms = plan.tables["latency"].values
+    cost = {unit: ms[unit, choice.name] for unit, choice in plan.choices.items()}
+    assert sum(ms[unit, "float32"] for unit in cost) > 1.5 * sum(cost.values())
+    assert "all float" not in race[1]
+    assert {"plan", "inductor float"} <= set(race[1])
 
 
 def test_a_faster_plan_above_the_tolerance_is_not_raced(isolated, world, race):
