@@ -173,10 +173,15 @@ def matmul(  # noqa: PLR0913 - the operands of a matmul, and how it ends
     tail: Tail,
     mode: str,
 ) -> Node:
-    """Static integer matmul with what follows it: in oneDNN's op, or fused behind a template."""
-    if not mode or tail.quantize is None:
+    """Static integer matmul with what follows it: in oneDNN's op, or fused behind a template.
+
+    A template gives float32 only; the cast or quantization behind it is part of its epilogue.
+    """
+    if not mode:
         return _qlinear(node, x, scales, weight, bias, output_of(gm, tail), tail.post)
     y = _qlinear(node, x, scales, weight, bias, (1.0, 0, torch.float32), tail.post)
+    if tail.quantize is None:
+        return cast_to(node, y, value(tail.last).dtype)
     _, scale, zero, name = arguments(tail.quantize)
     for constant in (scale, zero):
         node.prepend(constant)
