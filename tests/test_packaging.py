@@ -148,7 +148,7 @@ def test_every_dependency_is_imported_or_asked_for_by_torch():
 @pytest.mark.parametrize(
     ("source", "free"),
     [
-        ("mpq_fx.kernels", "errors formats numerics"),
+        ("mpq_fx.kernels", "errors formats numerics plugins"),
         ("mpq_fx.passes", "config errors facts formats graph numerics plugins"),
     ],
 )
