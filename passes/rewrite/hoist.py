@@ -6,6 +6,8 @@ and moves a quarter of the bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -39,10 +41,10 @@ def _movable(node: Node) -> Node | None:
     return None
 
 
-def _swap(gm: GraphModule, node: Node, moved: Node) -> Node:
+def _swap(gm: GraphModule, node: Any, moved: Any) -> Node:
     """narrow(move(x))  ->  move(narrow(x)); the new narrowing"""
-    narrow = insert_call(node, node.target, (moved.args[0], *node.args[1:]))  # type: ignore[arg-type]
-    after = insert_call(node, moved.target, (narrow, *moved.args[1:]), dict(moved.kwargs))  # type: ignore[arg-type]
+    narrow = insert_call(node, node.target, (moved.args[0], *node.args[1:]))
+    after = insert_call(node, moved.target, (narrow, *moved.args[1:]), dict(moved.kwargs))
     node.replace_all_uses_with(after)
     gm.graph.erase_node(node)
     gm.graph.erase_node(moved)
