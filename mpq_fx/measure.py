@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,9 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    error = _error_table(replay, proposal, parts, tied, graph.caches, config, clock)
+    named, options = METRICS.named(config.sensitivity), proposal.options
+    metric = partial(named, replay, options, parts.choose, ties=tied, excluded=graph.caches)
+    error = _error_table(metric, len(parts.choose), clock)
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
@@ -99,28 +102,12 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
     )
 
 
-def _error_table(  # noqa: PLR0913 -- a step of measure, cut out of it
-    replay: Replayer,
-    proposal: Proposal,
-    parts: Parts,
-    tied: tuple[tuple[str, ...], ...],
-    excluded: frozenset[int],
-    config: Config,
-    clock: Clock,
-) -> Table:
+def _error_table(metric: Callable[..., Table], calls: int, clock: Clock) -> Table:
     """The metric's table; a call of the choose part that there was no time for is noted."""
-    metric = METRICS.named(config.sensitivity)
     with clock.stage("error table"):
-        error = metric(
-            replay,
-            proposal.options,
-            parts.choose,
-            ties=tied,
-            excluded=excluded,
-            deadline=clock.deadline(ERROR_TABLE),
-        )
-    if error.provenance["records"] < len(parts.choose):
-        clock.cut(f"errors measured on {error.provenance['records']} of {len(parts.choose)} calls")
+        error = metric(deadline=clock.deadline(ERROR_TABLE))
+    if error.provenance["records"] < calls:
+        clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     return error
 
 
