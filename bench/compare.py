@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from models import BATCHES, MODELS
-from results import Row, add_rows, check_machine, load, rows
+from results import Row, add_rows, check_machine, load, parser, rows
 from variants import BAR, INDUCTOR, VARIANTS, YARDSTICKS, prepare
 from worker import CALLS, Job, Started, Worker
 
@@ -163,18 +163,14 @@ def _timed(row: Row, times: Sequence[float] | None, expected: int) -> Row:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", choices=MODELS, help="default: all of them")
-    parser.add_argument("--batch", type=int, default=BATCHES[0])
-    parser.add_argument("--phase", choices=PHASES, help="only this part of the protocol")
-    parser.add_argument("--variants", help="only these, separated by commas")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", action="store_true", help="one line of JSON per model")
-    parser.add_argument("--save", action="store_true", help="merge into docs/benchmarks/cpu.json")
-    return parser
+    made = parser(__doc__)
+    made.add_argument("model", nargs="?", choices=MODELS, help="default: all of them")
+    made.add_argument("--batch", type=int, default=BATCHES[0])
+    made.add_argument("--phase", choices=PHASES, help="only this part of the protocol")
+    made.add_argument("--variants", help="only these, separated by commas")
+    made.add_argument("--rounds", type=int, default=ROUNDS)
+    made.add_argument("--json", action="store_true", help="one line of JSON per model")
+    return made
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ calls what was compiled, `watch` only looks at the weights, `lifecycle` is a who
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from results import add_section, check_machine
+from results import add_section, check_machine, parser
 from torch import Tensor, nn
 from worker import timed
 
@@ -52,7 +50,7 @@ def measure(layers: int, *, calls: int = CALLS, target: str = "auto") -> dict[st
         live = [arguments[k] for k in installed.live]
         times = in_turn(
             {
-                "bare": lambda: installed.run(*live),
+                "bare": lambda: installed.run(*live, *installed.passed),
                 "watch": lambda: watch.changed(watched),
                 "lifecycle": lambda: lifecycle(*arguments),
             },
@@ -90,12 +88,7 @@ def inputs(seed: int) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="merge into docs/benchmarks/cpu.json")
-    options = parser.parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.save:
         check_machine(options.threads)

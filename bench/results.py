@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -47,6 +48,16 @@ class Row:
     def ratio(self) -> float | None:
         """Time as a share of the best Inductor variant's."""
         return self.ms / self.base_ms if self.ms and self.base_ms else None
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options that every script has which measures."""
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--threads", type=int, default=os.cpu_count())
+    made.add_argument("--save", action="store_true", help="merge into docs/benchmarks/cpu.json")
+    return made
 
 
 def machine(threads: int) -> dict[str, Any]:

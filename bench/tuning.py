@@ -8,8 +8,6 @@ model counts once, so 1x would be a tune that needs nothing besides.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import tempfile
 import time
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 from models import MODELS, SIZES, build
-from results import add_section, check_machine, load
+from results import add_section, check_machine, load, parser
 from variants import CALIBRATION_CALLS
 
 STATUS = Path("/proc/self/status")
@@ -58,14 +56,10 @@ def resident(field: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", choices=MODELS, default="bert-base")
-    parser.add_argument("--size", choices=SIZES, default=SIZES[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="merge into docs/benchmarks/cpu.json")
-    options = parser.parse_args(arguments)
+    asked = parser(__doc__)
+    asked.add_argument("model", nargs="?", choices=MODELS, default="bert-base")
+    asked.add_argument("--size", choices=SIZES, default=SIZES[0])
+    options = asked.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.save:
         check_machine(options.threads)

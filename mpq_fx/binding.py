@@ -57,8 +57,20 @@ class Binding:
     watched: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()  # of the watched among the parameters
     released: bool = False
+    orphaned: bool = False  # a parameter died, and its id may be another tensor's by now
     order: int = field(default_factory=itertools.count().__next__)  # of first calls
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def adopt(self, parameters: Sequence[Tensor]) -> None:
+        """Be the binding of these tensors, as long as they live."""
+        me = weakref.ref(self)
+
+        def orphan(dead: weakref.ref[Tensor]) -> None:
+            if (binding := me()) is not None:
+                binding.orphaned = True
+
+        self.parameters = tuple(weakref.ref(p, orphan) for p in parameters)
+        self.orphaned = False
 
     def values(self) -> dict[str, Tensor]:
         """{placeholder: parameter}; a parameter that died makes its entry missing."""
@@ -116,7 +128,9 @@ class Binding:
 
 
 def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:
-    return Binding(tuple(names), tuple(weakref.ref(p) for p in parameters), sites)
+    binding = Binding(tuple(names), (), sites)
+    binding.adopt(parameters)
+    return binding
 
 
 def record_bytes(record: Sequence[Any]) -> int:

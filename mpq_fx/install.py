@@ -23,6 +23,10 @@ from mpq_fx.passes.lower.target import Target, available
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+# Sites that every graph of a model has.  Others come and go with its shapes: looking up positions
+# of a fixed length gives a constant, which is no site.
+LASTING = ("linear", "conv")
+
 
 def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> None:
     """Lower the plan's choices for this graph; raises PlanError where it cannot mean this model."""
@@ -43,8 +47,12 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
 
 
 def chosen(plan: Plan, site: Site, name: str, target: Target) -> Choice:
-    """The plan's choice for one site, checked against the site and the target."""
+    """The plan's choice for one site, checked against the site and the target; float where only
+    this graph has such a site.
+    """
     known = plan.fingerprint["sites"].get(name)
+    if known is None and site.op not in LASTING:
+        return Choice(site.dtype, site.dtype)
     if known is None:
         raise PlanError(
             f"the plan has no site {name!r} ({site.op})",
@@ -95,7 +103,8 @@ def donor(graph: Graph, binding: Binding, others: Iterable[Binding]) -> Plan | N
             continue
         known = other.plan.fingerprint["sites"]
         if mine <= {id(ref()) for ref in other.parameters} and all(
-            known.get(name) == facts for name, facts in wanted.items()
+            known.get(name, facts if facts["op"] not in LASTING else None) == facts
+            for name, facts in wanted.items()
         ):
             return other.plan
     return None

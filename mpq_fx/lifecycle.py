@@ -87,10 +87,10 @@ class Lifecycle:
         return self._pick(args) if len(self._fixed) > 1 else (self._pick(args),)
 
     def _find(self, parameters: tuple[Tensor, ...]) -> Binding:
-        """The binding of these very tensors; ids are reused, so identity is checked as well."""
+        """The binding of these very tensors: ids tell while none of them died."""
         key = tuple(map(id, parameters))
         binding = self.bindings.get(key)
-        if binding is not None and all(map(_same, binding.parameters, parameters)):
+        if binding is not None and not binding.orphaned:
             return binding
         with self._lock:
             return self._rebind(key, parameters)
@@ -113,7 +113,7 @@ class Lifecycle:
         return binding
 
     def _adopt(self, key: tuple[int, ...], old: Binding, parameters: tuple[Tensor, ...]) -> Binding:
-        old.parameters = tuple(weakref.ref(p) for p in parameters)
+        old.adopt(parameters)
         self.bindings[key] = old
         old.refresh()
         return old
@@ -194,7 +194,3 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
         (x.shape == y.shape and torch.equal(x, y)) if isinstance(x, Tensor) else x == y
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _same(ref: weakref.ref[Tensor], parameter: Tensor) -> bool:
-    return ref() is parameter

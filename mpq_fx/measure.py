@@ -103,11 +103,13 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
 
 
 def _error_table(metric: Callable[..., Table], calls: int, clock: Clock) -> Table:
-    """The metric's table; a call of the choose part that there was no time for is noted."""
+    """The metric's table; calls and sites that there was no time for are noted."""
     with clock.stage("error table"):
         error = metric(deadline=clock.deadline(ERROR_TABLE))
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
+    if guessed := error.provenance.get("estimated"):
+        clock.cut(f"errors of {len(guessed)} sites are the median of other sites of their kind")
     return error
 
 

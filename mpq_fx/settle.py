@@ -22,6 +22,8 @@ from mpq_fx.verify import Timing, pick, race
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+ALL_BF16 = "all bfloat16"
+ALL_FLOAT = "all float"  # every site by the target, in the model's own dtype
 FLOAT = "inductor float"  # the user's own model, compiled as without mpq
 # Shares of the time budget after which something is not begun any more.
 SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
@@ -61,16 +63,19 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     variants = {plan.name: plan}
     for label, assignment in contenders(measured).items():
         errors[label] = joint_error(measured, assignment)
-        if not _is_promising(measured, assignment, variants) or not _is_allowed(
-            measured, found, judge, assignment, errors[label]
+        is_rival = label == ALL_BF16  # what one gets without mpq; predictions do not rule it out
+        if (
+            any(dict(v.assignment) == assignment for v in variants.values())
+            or not (is_rival or _is_promising(measured, assignment, variants))
+            or not _is_allowed(measured, found, judge, assignment, errors[label])
         ):
             continue
-        if clock.is_past(SIMPLER_PLAN):
+        if clock.is_past(SIMPLER_PLAN) and not is_rival:
             clock.cut(f"{label!r} was not compiled for comparison")
             continue
         with clock.stage("compile"):
             _add(build(graph, measured, label, assignment), variants, measured)
-    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    floats = contenders(measured)[ALL_FLOAT]
     if _is_allowed(measured, found, None, floats, 0.0):
         variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
@@ -91,9 +96,7 @@ def _add(variant: Variant, variants: dict[str, Variant], measured: Measured) -> 
 def _is_promising(
     measured: Measured, assignment: Mapping[str, str], variants: Mapping[str, Variant]
 ) -> bool:
-    """Is a simpler plan another one than those that race, and of a similar predicted latency?"""
-    if any(dict(v.assignment) == dict(assignment) for v in variants.values()):
-        return False
+    """Is a simpler plan of a similar predicted latency as those that race?"""
     asked = problem(measured.tables, objective="latency", budgets={}, baseline={})
     best = min(value_of(asked, "latency", v.assignment) for v in variants.values())
     return value_of(asked, "latency", assignment) <= HOPELESS * best
@@ -160,7 +163,7 @@ def _meet_tolerance(
         found = replace(
             search(replace(measured, tolerance=tighter), config, clock), budgets=found.budgets
         )
-    floats = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
+    floats = contenders(measured)[ALL_FLOAT]
     clock.cut(f"{RETRIES} plans missed the tolerance once lowered; float instead")
     return build(graph, measured, "plan", floats), found
 
@@ -184,13 +187,13 @@ def contenders(measured: Measured) -> dict[str, dict[str, str]]:
 
 
 UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
-    "all bfloat16": (lambda c: c.weight == "bfloat16",),
+    ALL_BF16: (lambda c: c.weight == "bfloat16",),
     "all int8": (
         lambda c: c.weight == "int8" and c.scaling == "static",  # codes pass from site to site
         lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
         lambda c: c.weight == "bfloat16",
     ),
-    "all float": (),
+    ALL_FLOAT: (),
 }
 
 

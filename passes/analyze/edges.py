@@ -15,22 +15,17 @@ from torch.fx import GraphModule, Node
 from mpq_fx.facts import Site
 from mpq_fx.graph import arguments
 from mpq_fx.passes.analyze.sites import OPERANDS
+from mpq_fx.passes.lower.fuse import POSTS
 
 aten = torch.ops.aten
 READERS = ("linear", "conv")
 MAKERS = ("linear", "conv", "residual")
 # What a kernel can do to its result by itself, or what moves no data.
-FUSED = frozenset(
-    {
-        aten.relu.default,
-        aten.relu6.default,
-        aten.hardtanh.default,
-        aten.gelu.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-    }
-)
+FUSED = frozenset(POSTS) | {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+}
 
 
 def find_edges(gm: GraphModule, sites: Sequence[Site]) -> dict[str, str]:

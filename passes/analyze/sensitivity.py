@@ -8,14 +8,17 @@ mpq_fx.passes lists them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.replay import Replayer, output_error
 
+Unit = tuple[str, ...]
+Kind = tuple[str, ...]
 Options = Mapping[str, tuple[Choice, ...]]
-Ties = Sequence[tuple[str, ...]]
+Ties = Sequence[Unit]
 
 
 def measured_singles(
@@ -30,36 +33,82 @@ def measured_singles(
     """Error of each (unit, choice) alone, all else float, squared and averaged over `records`.
 
     Sites of a tie change together, as they will in every plan, and share the noise evenly.  The
-    unchanged prefix is computed once per record; a pair costs only the suffix.  A further record is
-    begun only if it should end by `deadline` (time.monotonic): else the table rests on fewer, and
-    says so.
+    unchanged prefix is computed once per record; a pair costs only the suffix.
+
+    `deadline` is a time.monotonic().  A further record is begun only if it should end by then.  In
+    the first one a unit for which there is no time takes the median of its like, see `on_pace`.
+    The provenance tells how many records there were and which sites are estimates.
     """
     begin, used = time.monotonic(), 0
     sums: dict[tuple[str, str], list[float]] = {}
     units = units_of(options, ties)
+    kinds = kinds_of(replay, options, units)
+    wanted = on_pace(kinds, begin, deadline)
     for inputs in records:
         now = time.monotonic()
         if used and now + (now - begin) / used > deadline:
             break
-        for key, power in _one_record(replay, options, units, inputs, excluded):
+        measured, powers = _one_record(replay, options, units, inputs, excluded, wanted)
+        for key, power in powers.items():
             sums.setdefault(key, []).append(power)
-        used += 1
+        used, wanted = used + 1, measured.__contains__
     floats = {(site, kept[0].name): 0.0 for site, kept in options.items()}
+    means = {key: sum(seen) / len(seen) for key, seen in sums.items()}
+    guesses = estimated(options, kinds, means)
     return Table(
         "measured_singles",
         "noise_power",
-        {**floats, **{key: sum(seen) / len(seen) for key, seen in sums.items()}},
+        {**floats, **guesses, **means},
         spread={**floats, **{key: max(seen) - min(seen) for key, seen in sums.items()}},
         provenance={
             "records": used,
             "of": len(records),
+            "estimated": sorted({site for site, _ in guesses}),
             "seconds": round(time.monotonic() - begin, 3),
             "forward_passes": used * (1 + sum(len(options[u[0]]) - 1 for u in units) / 2),
         },
     )
 
 
-def units_of(options: Options, ties: Ties) -> list[tuple[str, ...]]:
+def kinds_of(replay: Replayer, options: Options, units: Sequence[Unit]) -> dict[Unit, Kind]:
+    """What a unit has in common with its like: the op, and what it may run in."""
+    ops = {site.name: site.op for site in replay.sites.values()}
+    return {u: (ops[u[0]], *(choice.name for choice in options[u[0]])) for u in units}
+
+
+def on_pace(kinds: Mapping[Unit, Kind], begin: float, deadline: float) -> Callable[[Unit], bool]:
+    """Is there time for a unit?  For the first of each kind always; for the k-th of n while no more
+    than k / n of the time is used, so that what is left out is spread over the whole graph.
+    """
+    share, known = (deadline - begin) / max(1, len(kinds)), set()
+    position = {unit: k + 1 for k, unit in enumerate(kinds)}
+
+    def is_wanted(unit: Unit) -> bool:
+        is_new = kinds[unit] not in known
+        known.add(kinds[unit])
+        return is_new or time.monotonic() <= begin + share * position[unit]
+
+    return is_wanted
+
+
+def estimated(
+    options: Options, kinds: Mapping[Unit, Kind], means: Mapping[tuple[str, str], float]
+) -> dict[tuple[str, str], float]:
+    """For each unit that was not measured the median, per choice, of those of its kind."""
+    known: dict[tuple[Kind, str], list[float]] = {}
+    for (site, choice), power in means.items():
+        unit = next(u for u in kinds if site in u)
+        known.setdefault((kinds[unit], choice), []).append(power * len(unit))
+    return {
+        (site, choice.name): median(known[kind, choice.name]) / len(unit)
+        for unit, kind in kinds.items()
+        for choice in options[unit[0]][1:]
+        for site in unit
+        if (site, choice.name) not in means
+    }
+
+
+def units_of(options: Options, ties: Ties) -> list[Unit]:
     """The sites that change together: each tie, and every other site by itself."""
     tied = {site: tie for tie in ties for site in tie}
     return list(dict.fromkeys(tied.get(site, (site,)) for site in options))
@@ -68,26 +117,30 @@ def units_of(options: Options, ties: Ties) -> list[tuple[str, ...]]:
 def _one_record(
     replay: Replayer,
     options: Options,
-    units: Sequence[tuple[str, ...]],
+    units: Sequence[Unit],
     inputs: Sequence[Any],
     excluded: frozenset[int],
-) -> list[tuple[tuple[str, str], float]]:
-    """((site, choice), noise power) of every choice but float; one walk along the graph."""
+    is_wanted: Callable[[Unit], bool],
+) -> tuple[set[Unit], dict[tuple[str, str], float]]:
+    """Units measured, and the noise power of each of their choices; one walk along the graph."""
     nodes = list(replay.gm.graph.nodes)
     unit_of = {site: unit for unit in units for site in unit}
     reference, env = replay.run(inputs, {}), replay.start(inputs)
-    found, seen = [], set()
+    found: dict[tuple[str, str], float] = {}
+    measured, left = set(), set(units)
     for at, node in enumerate(nodes):
         if node.op == "output":
             break
         site = replay.sites.get(node.name)
         unit = unit_of.get(site.name, ()) if site else ()
-        if unit and unit not in seen:
-            seen.add(unit)
-            for choice in options[unit[0]][1:]:
-                outputs = replay.finish(dict(env), nodes[at:], dict.fromkeys(unit, choice))
-                power = output_error(outputs, reference, excluded) ** 2 / len(unit)
-                found += [((name, choice.name), power) for name in unit]
-            replay.forget(unit)
+        if unit in left:
+            left.remove(unit)
+            if is_wanted(unit):
+                measured.add(unit)
+                for choice in options[unit[0]][1:]:
+                    outputs = replay.finish(dict(env), nodes[at:], dict.fromkeys(unit, choice))
+                    power = output_error(outputs, reference, excluded) ** 2 / len(unit)
+                    found |= {(name, choice.name): power for name in unit}
+                replay.forget(unit)
         replay.step(env, node, {})
-    return found
+    return measured, found

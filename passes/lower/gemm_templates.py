@@ -35,6 +35,7 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
 
     Matmuls whose activation is not of one of `dtypes` stay calls into oneDNN.
     """
+    from torch._inductor import quantized_lowerings as weight_only
     from torch._inductor.codegen.common import KernelTemplate
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate as Template
 
@@ -46,6 +47,8 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
     with (
         patch.object(Template, "add_choices", classmethod(_noting(choice, add, dtypes))),
         patch.object(Template, "prep_weight", classmethod(_collecting(choice, pack, found))),
+        # What gets no template needs a callee, also where C++ is the only backend.
+        patch.object(weight_only, "use_aten_gemm_kernels", lambda: True),
         # Inductor parses the same templates again for every matmul: a third of the time.
         patch.object(KernelTemplate, "_template_from_string", staticmethod(cache(parse))),
     ):
@@ -61,16 +64,25 @@ def _noting(
         cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
         order = kwargs.get("input_indices") or list(range(len(input_nodes)))
-        x = input_nodes[order[1] if kwargs.get("has_bias") else order[0]]
-        if x.get_dtype() not in dtypes or overruns(x.get_dtype(), kwargs):
+        first = 1 if kwargs.get("has_bias") else 0
+        x, weight = (input_nodes[order[k]] for k in (first, first + 1))
+        if (
+            x.get_dtype() not in dtypes
+            or overruns(x.get_dtype(), kwargs)
+            or is_weight_only(x.get_dtype(), weight.get_dtype())
+        ):
             return None
-        position = order[2] if kwargs.get("has_bias") else order[1]
-        choice.weight = input_nodes[position].get_name()
+        choice.weight = weight.get_name()
         choice.nodes = [node.get_name() for node in input_nodes]
         choice.is_transposed = kwargs.get("trans_w", False)
         return add(cls, choices, layout, input_nodes, *args, **kwargs)
 
     return add_choices
+
+
+def is_weight_only(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Floats times codes: for the few rows where that pays, PyTorch's own kernels are as good."""
+    return x.is_floating_point and not weight.is_floating_point
 
 
 def overruns(dtype: torch.dtype, settings: Mapping[str, Any]) -> bool:

@@ -20,7 +20,8 @@ from mpq_fx.passes.lower.gemm_templates import recording
 from mpq_fx.passes.lower.target import Compiled
 
 log = logging.getLogger("mpq_fx")
-FROZEN: dict[str, Any] = {"freezing": True}
+# Weights that Inductor joins are constants of its own, which no refresh would reach.
+FROZEN: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": False}
 TEMPLATES: dict[str, Any] = {
     **FROZEN,
     "max_autotune": True,

@@ -2,7 +2,7 @@
 
 static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
 dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
-weight     _weight_int8pack_mm(x, codes, scale) + bias, for a few rows; refused for more
+weight     int8 or int4 weights alone, for a few rows: `weight_only`
 bf16, f32  mkldnn._linear_pointwise(x, pack(w), b)
 """
 
@@ -19,7 +19,7 @@ import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
-from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
 from mpq_fx.passes.lower.inductor import compile_frozen, modes
@@ -34,10 +34,9 @@ BF16 = Choice("bfloat16", "bfloat16")
 STATIC = Choice("int8", "uint8_tensor", "static")
 STATIC7 = Choice("int8", "int7_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
-WEIGHT = Choice("int8", "bfloat16")
 
 CHOICES = {
-    "linear": (BF16, STATIC, DYNAMIC, STATIC7, WEIGHT),
+    "linear": (BF16, STATIC, DYNAMIC, STATIC7, *weight_only.CHOICES),
     "conv": (BF16, STATIC, STATIC7),
     "embedding": (BF16, Choice("int8", "float32")),
     "residual": (BF16, STATIC),
@@ -48,7 +47,6 @@ CHOICES = {
 
 
 QLINEAR = "onednn.qlinear_pointwise"
-FEW_ROWS = 4  # up to here int8 weights alone beat bfloat16; above it they are several times slower
 
 
 def unavailable() -> str:
@@ -66,16 +64,10 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield "int8 × int8 saturates silently on a CPU without VNNI; int7 activations do not"
     if choice.activation == "int7_tensor" and cpu.has("vnni"):
         yield "this CPU multiplies int8 exactly, so 7-bit codes only lose accuracy"
-    if choice == WEIGHT and rows_of(site) > FEW_ROWS:
-        yield f"int8 weights alone pay for up to {FEW_ROWS} rows, and a call has {rows_of(site)}"
+    if site.op == "linear" and choice in weight_only.CHOICES:
+        yield from weight_only.refuse(site, choice)
     if choice.weight == "bfloat16" and not cpu.has("avx512"):
         yield "bfloat16 is emulated on a CPU without AVX-512"
-
-
-def rows_of(site: Site) -> int:
-    """Rows of the activation, at the sizes of a call; a symbolic size counts as many."""
-    sizes = [size if isinstance(size, int) else FEW_ROWS + 1 for size in site.input_shape[:-1]]
-    return math.prod(sizes)
 
 
 def lower(gm: GraphModule, mode: str) -> Kernels:
@@ -130,7 +122,7 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[No
     """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
     x, sx, zx, w, sw, zw, bias, x_name, *_ = arguments(node)
     if format_named(x_name).is_float:
-        return _weight_only(node, x, w, sw, bias)
+        return weight_only.lower_weight_only(node)
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
     weight = (packed, flat(node, sw), flat(node, zw))
     if sx.op == "get_attr":
@@ -357,16 +349,6 @@ def _qlinear(  # noqa: PLR0913 - the operands of oneDNN's op
     tail = (post.name, [*post.scalars], post.algorithm)
     args = (x, *scales, *weight, bias, *output, *tail)
     return insert_call(node, onednn.qlinear_pointwise.default, args)
-
-
-def _weight_only(node: Node, x: Node, w: Node, sw: Node, bias: Any) -> tuple[Node, str]:
-    """x · (codes · scale) for a few rows: the codes are read once and widened in registers."""
-    rows = insert_call(node, aten.reshape.default, (x, [-1, value(x).shape[-1]]))
-    rows = cast_to(node, rows, torch.float32)  # bfloat16 rows would round the scales as well
-    y = insert_call(node, aten._weight_int8pack_mm.default, (rows, w, flat(node, sw)))
-    y = insert_call(node, aten.reshape.default, (y, [*value(x).shape[:-1], value(w).shape[0]]))
-    y = y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))
-    return y, "aten._weight_int8pack_mm"
 
 
 ONEDNN = Target(

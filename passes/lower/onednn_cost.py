@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
+from mpq_fx.passes.lower import weight_only
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 
 onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
@@ -81,8 +82,7 @@ def linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     if choice.scaling == "none":
         dtype = getattr(torch, choice.activation)
         if choice.weight != choice.activation:
-            codes, scales = w.to(torch.int8), torch.ones(n)
-            return lambda: aten._weight_int8pack_mm(x, codes, scales)
+            return weight_only.kernel(x, w, choice.weight)
         packed = mkldnn._reorder_linear_weight(w.to(dtype), x.shape[0])
         args = (x.to(dtype), packed, bias.to(dtype), "none", [], "")
         return lambda: mkldnn._linear_pointwise(*args)

@@ -11,21 +11,13 @@ import torch
 from torch import nn
 
 import mpq_fx
-from mpq_fx.capture import capture
-from mpq_fx.facts import Choice
-from mpq_fx.formats import format_named
-from mpq_fx.graph import clone, mark_weights, name_of, ops, run_passes
+from mpq_fx.graph import name_of, ops
 from mpq_fx.numerics import relative_rms
-from mpq_fx.passes import CANONICALIZE
-from mpq_fx.passes.analyze.observe import observe, static_scales
-from mpq_fx.passes.analyze.replay import replayer
-from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.passes.lower import cpu
-from mpq_fx.passes.lower.constants import evaluate, fold_constants
 from mpq_fx.passes.lower.inductor import ALL, INT8
-from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC, STATIC7, WEIGHT
-from mpq_fx.passes.rewrite import rewrite
+from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC, STATIC7
 from mpq_fx.registry import bindings_of
+from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn
 LIMIT = 2**-8 + 1024**0.5 * 2**-24  # style R9, with a bfloat16 result allowed on the way
@@ -62,61 +54,6 @@ class Net(nn.Module):
         return self.last(x)
 
 
-class Lowered:
-    """One model lowered twice with the same choices: mpq:: ops, and oneDNN's, both run eagerly."""
-
-    def __init__(
-        self, model: nn.Module, x: torch.Tensor, wanted: Choice | dict[str, Choice], mode: str = ""
-    ) -> None:
-        self.model, self.found = model.eval(), []
-        torch.manual_seed(0)
-        with torch.no_grad():
-            torch.compile(self.model, backend=self._backend)(x)
-        gm, inputs = self.found
-        self.parameters = {
-            n.name: v
-            for n, v in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-            if isinstance(v, nn.Parameter) or v is not x
-        }
-        self.inputs, self.sites = inputs, find_sites(gm, self.paths)
-        replay = replayer(gm, self.sites, self.parameters)
-        each = wanted.values() if isinstance(wanted, dict) else [wanted]
-        formats = [format_named(c.activation) for c in each if c.scaling == "static"]
-        with torch.no_grad():
-            scales = static_scales(observe(replay, [inputs]), formats)
-        choices = {
-            site.name: choice
-            for site in self.sites
-            for name, choice in (wanted if isinstance(wanted, dict) else {"": wanted}).items()
-            if choice in ONEDNN.choices.get(site.op, ()) and site.name.endswith(name)
-        }
-        self.reference, _ = clone(gm)
-        rewrite(self.reference, self.sites, choices, scales)
-        self.lowered, _ = clone(self.reference)
-        self.kernels = ONEDNN.lower(self.lowered, mode)
-        with torch.no_grad():
-            self.folded = fold_constants(self.lowered, self.parameters)
-
-    def _backend(self, gm, inputs):
-        captured = capture(gm, inputs)
-        assert not captured.refusal
-        mark_weights(captured.gm, captured.parameters)
-        run_passes(captured.gm, CANONICALIZE)
-        self.found, self.paths = (captured.gm, inputs), captured.parameters
-        return gm.forward
-
-    @property
-    def arguments(self) -> list[torch.Tensor]:
-        small = [getattr(self.folded.gm, name) for name in self.folded.passed]
-        return [*[self.inputs[k] for k in self.folded.live], *small]
-
-    def error(self, run=None) -> float:
-        with torch.no_grad():
-            want = self.reference(*self.inputs)[0]
-            got = (run or self.folded.gm)(*self.arguments)[0]
-        return relative_rms(got, want)
-
-
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(5, 64)
@@ -134,7 +71,6 @@ def image() -> torch.Tensor:
         (STATIC, "onednn.qlinear_pointwise"),
         (DYNAMIC, "onednn.qlinear_pointwise"),
         (STATIC7, "onednn.qlinear_pointwise"),
-        (WEIGHT, "_weight_int8pack_mm"),
     ],
     ids=str,
 )
@@ -185,9 +121,7 @@ def test_every_constant_follows_its_weight(isolated, x, choice):
     with torch.no_grad():
         for parameter in made.parameters.values():
             parameter.mul_(-1.5)
-        fresh = evaluate(made.lowered, made.folded.recipes, made.parameters)
-        for name, value in fresh.items():
-            getattr(made.folded.gm, name).copy_(value)
+        made.refresh()
     assert made.error() <= LIMIT
 
 
@@ -268,9 +202,7 @@ def test_matmul_templates_follow_an_edited_weight(isolated, choice, templates):
             parameter.mul_(-1.5)
     assert made.error(compiled.run) > 0.1
     with torch.no_grad():
-        fresh = evaluate(made.lowered, made.folded.recipes, made.parameters)
-        for name, value in fresh.items():
-            getattr(made.folded.gm, name).copy_(value)
+        made.refresh()
         for redo in compiled.derived:
             redo()
     assert made.error(compiled.run) <= 2 * LIMIT

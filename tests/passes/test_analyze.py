@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import replace
@@ -28,7 +29,7 @@ from mpq_fx.passes.analyze.observe import (
     statistics,
 )
 from mpq_fx.passes.analyze.replay import output_error, run_in
-from mpq_fx.passes.analyze.sensitivity import measured_singles
+from mpq_fx.passes.analyze.sensitivity import measured_singles, on_pace
 from mpq_fx.passes.lower.reference import REFERENCE
 from tests.architectures import values
 from tests.passes.conftest import subject
@@ -174,6 +175,33 @@ def test_past_the_deadline_the_table_rests_on_one_call_and_says_so(net):
     table = measured_singles(net.replay(), options, net.calls, deadline=time.monotonic() - 1)
     assert (table.provenance["records"], table.provenance["of"]) == (1, 3)
     assert set(table.values) == {(s.name, c.name) for s in net.sites for c in (FLOAT, BF16)}
+
+
+def test_without_time_the_first_of_each_kind_is_measured_and_the_rest_takes_its_error(net):
+    options = {site.name: (FLOAT, BF16) for site in net.sites}
+    first, *others = (site.name for site in net.sites)
+    full = measured_singles(net.replay(), options, net.calls[:1])
+    table = measured_singles(net.replay(), options, net.calls, deadline=time.monotonic() - 1)
+    assert table.provenance["estimated"] == sorted(others)
+    assert others
+    assert full.provenance["estimated"] == []
+    assert {table.values[name, BF16.name] for name in options} == {full.values[first, BF16.name]}
+
+
+def test_sites_are_left_out_evenly_when_time_is_short(monkeypatch):
+    """Each measurement takes one tick, and there are ten for twenty units."""
+    ticks = iter(range(100))
+    kinds = {(f"s{k}",): ("linear",) for k in range(20)}
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    is_wanted = on_pace(kinds, 0.0, 10.0)
+    taken = []
+    for k, unit in enumerate(kinds):
+        if is_wanted(unit):
+            taken.append(k)
+            now[0] = 1.0 + next(ticks)
+    assert len(taken) == 11  # the first is measured whatever it takes
+    assert max(b - a for a, b in itertools.pairwise(taken)) <= 3
 
 
 # --- statistics --------------------------------------------------------------------------------
