@@ -58,7 +58,9 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
 def _noting(
     choice: _Choice, add: Callable[..., Any], dtypes: Collection[torch.dtype]
 ) -> Callable[..., Any]:
-    """add_choices that notes which operand is the weight, and adds none for other dtypes."""
+    """add_choices that notes which operand is the weight, and adds none for other dtypes, or where
+    a callee is as good.
+    """
 
     def add_choices(
         cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
@@ -69,6 +71,7 @@ def _noting(
         if (
             x.get_dtype() not in dtypes
             or overruns(x.get_dtype(), kwargs)
+            or not layout.dtype.is_floating_point  # its scale would be part of the code
             or is_weight_only(x.get_dtype(), weight.get_dtype())
         ):
             return None
