@@ -23,7 +23,7 @@ demo: $(READY) ## quantize three real models on this machine and write an HTML r
 	$(BIN)/mpq demo
 
 test: $(READY) ## run the tests (ARGS="-m slow" for the slow ones)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .

@@ -227,6 +227,11 @@ def speaks_of(row: Row, reason: str) -> bool:
     return reason == row.reason or any(reason in texts for texts in row.refusals.values())
 
 
+def why_float(reason: str) -> str:
+    """A graph without a plan in one line: "training graph: float", "float: observing"."""
+    return reason if reason.endswith(": float") else f"float: {reason}"
+
+
 def bits(row: Row) -> float | None:
     """Stored bits per weight, scales included; None where there is no weight."""
     return 8 * row.weight_bytes / row.site.weight_numel if row.site.weight_numel else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -24,6 +24,7 @@ from mpq_fx.report import (
     speedup,
     steps,
     weight_bytes,
+    why_float,
 )
 from mpq_fx.report_svg import Bar, Dot, agreement, columns, frontier, rows, stacked
 from mpq_fx.report_text import error, milliseconds, shape
@@ -71,7 +72,7 @@ def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
     plan = entry.plan
     facts: dict[str, Any] = {"label": entry.label, "reason": entry.reason, "plan": plan}
     if plan is None:
-        return facts
+        return {**facts, "why": why_float(entry.reason), "rows": _sites(entry.rows, kinds)}
     before, after = weight_bytes(plan)
     return {
         **facts,
@@ -83,10 +84,15 @@ def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
         "race": _race(plan),
         "pictures": _pictures(plan, kinds),
         "offers": [(step, json.dumps(dict(step.options))) for step in offers(plan)],
-        "rows": [(row, kinds[row.choice], bits(row)) for row in plan.ledger],
+        "rows": _sites(plan.ledger, kinds),
         "timings": _timings(plan),
         "provenance": json.dumps(plan.provenance, indent=2, sort_keys=True, default=str),
     }
+
+
+def _sites(rows: Sequence[Row], kinds: Mapping[str, str]) -> list[tuple[Row, str, float | None]]:
+    """(row, class of its choice, bits of a weight) of every line of the table of sites."""
+    return [(row, kinds[row.choice], bits(row)) for row in rows]
 
 
 def _race(plan: Plan) -> Markup | None:

@@ -24,6 +24,7 @@ from mpq_fx.report import (
     offers,
     reasons,
     speaks_of,
+    why_float,
 )
 
 WIDE = 110  # from here on there is room for shapes and kernels
@@ -56,7 +57,7 @@ def _entry(entry: Entry, width: int) -> Iterator[RenderableType]:
     plan = entry.plan
     if plan is None:
         yield _title(entry.label)
-        yield _bullet(f"float: {entry.reason}")
+        yield _bullet(why_float(entry.reason))
         if entry.rows:
             yield _sites(entry.rows, {}, width)
         return

@@ -4,7 +4,7 @@ installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ ALL_FLOAT = "all float"  # every site by the target, in the model's own dtype
 FLOAT = "inductor float"  # the user's own model, compiled as without mpq
 # Shares of the time budget after which something is not begun any more.
 SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
-HOPELESS = 1.5  # a plan with this many times the predicted latency is not compiled for the race
+HOPELESS = 1.5  # with this many times the plan's predicted latency a simpler one does not race
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
@@ -54,27 +54,22 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     """Compile the plan and each uniform plan that is allowed, race them, keep the best.
 
     In this order, as far as the time budget reaches: the plan in the most promising mode of
-    compilation, simpler plans, the winner in the other modes.
+    compilation, all bfloat16 likewise, simpler plans quickly, the winner in the other modes.
     """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
-    errors = {plan.name: plan.error, FLOAT: 0.0}
     if not measured.target.is_timed:
-        return Settled({plan.name: plan}, errors, {}, plan, found)
+        return Settled({plan.name: plan}, {plan.name: plan.error, FLOAT: 0.0}, {}, plan, found)
+    predicted = {name: joint_error(measured, a) for name, a in contenders(measured).items()}
     variants = {plan.name: plan}
-    for label, assignment in contenders(measured).items():
-        errors[label] = joint_error(measured, assignment)
-        is_rival = label == ALL_BF16  # what one gets without mpq; predictions do not rule it out
-        if (
-            any(dict(v.assignment) == assignment for v in variants.values())
-            or not (is_rival or _is_promising(measured, assignment, variants))
-            or not _is_allowed(measured, found, judge, assignment, errors[label])
-        ):
-            continue
+    for label in _worth_compiling(measured, found, judge, plan, predicted):
+        is_rival = label == ALL_BF16
         if clock.is_past(SIMPLER_PLAN) and not is_rival:
             clock.cut(f"{label!r} was not compiled for comparison")
             continue
-        with clock.stage("compile"):
-            _add(build(graph, measured, label, assignment), variants, measured)
+        assignment = contenders(measured)[label]
+        mode = _modes(measured, assignment)[0] if is_rival else ""
+        with clock.stage(_stage(mode)):
+            _add(build(graph, measured, label, assignment, mode), variants, measured)
     floats = contenders(measured)[ALL_FLOAT]
     if _is_allowed(measured, found, None, floats, 0.0):
         variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
@@ -83,8 +78,31 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     if len(modes) > 1:  # all again: times of two races do not compare
         variants = {**variants, **modes}
         winner, timings = _raced(measured, config, clock, variants, run_float)
-    errors |= {name: variant.error for name, variant in variants.items()}
-    return Settled(variants, errors, timings, winner, found)
+    compiled = {name: variant.error for name, variant in variants.items()}
+    return Settled(variants, {FLOAT: 0.0, **predicted, **compiled}, timings, winner, found)
+
+
+def _worth_compiling(
+    measured: Measured,
+    found: Found,
+    judge: Judge | None,
+    plan: Variant,
+    predicted: Mapping[str, float],
+) -> Iterator[str]:
+    """Uniform plans that are allowed, differ from each other, and may be as fast as the plan.
+
+    All bfloat16 is what one gets without mpq: no prediction of its latency rules it out.
+    """
+    asked = problem(measured.tables, objective="latency", budgets={}, baseline={})
+    limit = HOPELESS * value_of(asked, "latency", plan.assignment)
+    seen = [dict(plan.assignment)]
+    for label, assignment in contenders(measured).items():
+        is_fast = label == ALL_BF16 or value_of(asked, "latency", assignment) <= limit
+        if assignment in seen or not is_fast:
+            continue
+        if _is_allowed(measured, found, judge, assignment, predicted[label]):
+            seen.append(assignment)
+            yield label
 
 
 def _add(variant: Variant, variants: dict[str, Variant], measured: Measured) -> None:
@@ -93,18 +111,16 @@ def _add(variant: Variant, variants: dict[str, Variant], measured: Measured) -> 
         variants[variant.name] = variant
 
 
-def _is_promising(
-    measured: Measured, assignment: Mapping[str, str], variants: Mapping[str, Variant]
-) -> bool:
-    """Is a simpler plan of a similar predicted latency as those that race?"""
-    asked = problem(measured.tables, objective="latency", budgets={}, baseline={})
-    best = min(value_of(asked, "latency", v.assignment) for v in variants.values())
-    return value_of(asked, "latency", assignment) <= HOPELESS * best
-
-
 def _modes(measured: Measured, assignment: Mapping[str, str]) -> tuple[str, ...]:
     """How the target would compile an assignment, the most promising mode first."""
-    return measured.target.modes(tuple(parse(measured.proposal, assignment).values()))
+    ms, choices = measured.tables["latency"].values, parse(measured.proposal, assignment)
+    sites = measured.sites
+    planned = [(s, choices[s.name], ms[s.name, assignment[s.name]]) for s in sites]
+    return measured.target.modes(planned)
+
+
+def _stage(mode: str) -> str:
+    return f"compile with {mode}" if mode else "compile"
 
 
 def _in_more_modes(
@@ -120,7 +136,7 @@ def _in_more_modes(
         if clock.is_past(MORE_MODES):
             clock.cut(f"{winner.label!r} was not compiled with {mode or 'kernels of oneDNN alone'}")
             break
-        with clock.stage(f"compile with {mode}" if mode else "compile"):
+        with clock.stage(_stage(mode)):
             _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
     return found
 
@@ -155,7 +171,7 @@ def _meet_tolerance(
     for _ in range(RETRIES):
         assignment = found.candidate.solution.assignment
         mode = "" if clock.is_past(SLOW_MODE) else _modes(measured, assignment)[0]
-        with clock.stage(f"compile with {mode}" if mode else "compile"):
+        with clock.stage(_stage(mode)):
             plan = build(graph, measured, "plan", assignment, mode)
         if measured.tolerance is None or plan.error <= measured.tolerance:
             return plan, found

@@ -22,6 +22,7 @@ from mpq_fx.verify import race
 
 EAGER = "eager float32"
 INDUCTOR = "inductor"  # how the names of its variants begin
+BUDGET = 30.0  # seconds for each plan: half of the default, since the nets are small
 ROUNDS = 200  # timed calls of each variant, as far as the seconds allow
 Run = Callable[..., Tensor]
 
@@ -66,7 +67,8 @@ def measure(
             variants.append(inductor(subject, dtype, is_frozen=is_frozen))
     for tolerance in tolerances:
         say(f"planning at tolerance {tolerance}")
-        variants.append(quantized(subject, Config(tolerance=tolerance, target=target)))
+        config = Config(tolerance=tolerance, target=target, time_budget=BUDGET)
+        variants.append(quantized(subject, config))
     say("measuring")
     return judged(subject, variants, seconds if is_timed else 0.0)
 

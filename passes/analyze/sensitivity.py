@@ -52,21 +52,32 @@ def measured_singles(
         for key, power in powers.items():
             sums.setdefault(key, []).append(power)
         used, wanted = used + 1, measured.__contains__
-    floats = {(site, kept[0].name): 0.0 for site, kept in options.items()}
+    provenance = {
+        "records": used,
+        "of": len(records),
+        "seconds": round(time.monotonic() - begin, 3),
+        "forward_passes": used * (1 + sum(len(options[u[0]]) - 1 for u in units) / 2),
+    }
+    return _table(options, kinds, sums, provenance)
+
+
+def _table(
+    options: Options,
+    kinds: Mapping[Unit, Kind],
+    sums: Mapping[tuple[str, str], Sequence[float]],
+    provenance: Mapping[str, Any],
+) -> Table:
+    """Means and ranges over the records, zeros for float, estimates for the rest."""
     means = {key: sum(seen) / len(seen) for key, seen in sums.items()}
+    spread = {key: max(seen) - min(seen) for key, seen in sums.items()}
+    floats = {(site, kept[0].name): 0.0 for site, kept in options.items()}
     guesses = estimated(options, kinds, means)
     return Table(
         "measured_singles",
         "noise_power",
         {**floats, **guesses, **means},
-        spread={**floats, **{key: max(seen) - min(seen) for key, seen in sums.items()}},
-        provenance={
-            "records": used,
-            "of": len(records),
-            "estimated": sorted({site for site, _ in guesses}),
-            "seconds": round(time.monotonic() - begin, 3),
-            "forward_passes": used * (1 + sum(len(options[u[0]]) - 1 for u in units) / 2),
-        },
+        spread={**floats, **spread},
+        provenance={**provenance, "estimated": sorted({site for site, _ in guesses})},
     )
 
 

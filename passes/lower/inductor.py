@@ -9,13 +9,12 @@ and fuse what follows; what they derive from a weight is redone after a refresh.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from mpq_fx.facts import Choice
 from mpq_fx.passes.lower.gemm_templates import recording
 from mpq_fx.passes.lower.target import Compiled
 
@@ -32,13 +31,6 @@ OPERANDS = {  # mode -> dtypes of activations whose matmuls become templates
     INT8: frozenset({torch.uint8, torch.int8}),
     ALL: frozenset({torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32}),
 }
-
-
-def modes(choices: Collection[Choice]) -> tuple[str, ...]:
-    """Integer matmuls gain from a template what it fuses; small matmuls of floats, the call."""
-    has_static = any(choice.scaling == "static" for choice in choices)
-    has_float = any(choice.activation == "bfloat16" for choice in choices)
-    return (INT8,) * has_static + ("",) + (ALL,) * has_float
 
 
 def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) -> Compiled:

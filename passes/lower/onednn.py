@@ -22,8 +22,8 @@ from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
-from mpq_fx.passes.lower.inductor import compile_frozen, modes
-from mpq_fx.passes.lower.onednn_cost import convert, measure
+from mpq_fx.passes.lower.inductor import compile_frozen
+from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to

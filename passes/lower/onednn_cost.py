@@ -1,4 +1,6 @@
-"""ms of a site on oneDNN: the matmul on packed weights; and of a pass that converts its input"""
+"""ms of a site on oneDNN: the matmul on packed weights; and of a pass that converts its input; and
+what they say about how to compile a plan
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,30 @@ from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.passes.lower import weight_only
+from mpq_fx.passes.lower.inductor import ALL, INT8
 from mpq_fx.passes.lower.microbenchmark import milliseconds
+from mpq_fx.passes.lower.target import Planned
 
 onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
+
+
+CALLS_MATTER = 0.4  # share of small float matmuls' time, from which on templates are tried first
+
+
+def modes(planned: Planned) -> tuple[str, ...]:
+    """Ways to compile a plan, the most promising first.
+
+    Integer matmuls gain from a template what it fuses.  Those of floats gain the fixed cost of a
+    call into oneDNN, and lose where a matmul is large: that is decided by the share of the former.
+    """
+    floats = [ms for site, choice, ms in planned if is_matmul(site) and choice.scaling == "none"]
+    has_static = any(choice.scaling == "static" for _, choice, _ in planned)
+    first = (INT8,) * has_static
+    if not any(choice.activation == "bfloat16" for _, choice, _ in planned):
+        return (*first, "")
+    if call_overhead() * len(floats) > CALLS_MATTER * sum(floats):
+        return (*first, ALL, "")
+    return (*first, "", ALL)
 
 
 def measure(site: Site, choice: Choice) -> float:
@@ -24,10 +47,14 @@ def measure(site: Site, choice: Choice) -> float:
             if site.op != "embedding"
             else None
         )
-        is_matmul = site.op == "linear" or is_pointwise(site)
-        kernel = (linear if is_matmul else KERNELS[site.op])(site, choice, x)
-        saved = call_overhead() if is_matmul and choice.scaling == "static" else 0.0
+        kernel = (linear if is_matmul(site) else KERNELS[site.op])(site, choice, x)
+        saved = call_overhead() if is_matmul(site) and choice.scaling == "static" else 0.0
         return max(milliseconds(kernel) - saved, 0.0)
+
+
+def is_matmul(site: Site) -> bool:
+    """Does it run as a linear?"""
+    return site.op == "linear" or is_pointwise(site)
 
 
 def is_pointwise(site: Site) -> bool:

@@ -5,7 +5,7 @@ A target is a value in `mpq_fx.passes.TARGETS`, or an entry point of the group m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,10 @@ class Compiled:
 Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
 
 
-def one_mode(choices: Collection[Choice]) -> tuple[str, ...]:
+Planned = Sequence[tuple[Site, Choice, float]]  # what each site runs in, and its ms by itself
+
+
+def one_mode(planned: Planned) -> tuple[str, ...]:
     """A compiler with one way of doing things."""
     return ("",)
 
@@ -42,7 +45,7 @@ class Target:
     measure: Callable[[Site, Choice], float]  # ms of one call
     lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
-    modes: Callable[[Collection[Choice]], tuple[str, ...]] = one_mode  # most promising first
+    modes: Callable[[Planned], tuple[str, ...]] = one_mode  # most promising first
     # ms to bring an input from the format of the site before (None: any other op) to the site's own
     convert: Callable[[Site, Choice | None, Choice], float] = lambda site, before, after: 0.0
     is_timed: bool = True  # False: an oracle, whose speed means nothing

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 import mpq_fx
+from mpq_fx.facts import Choice
 from mpq_fx.graph import name_of, ops
 from mpq_fx.numerics import relative_rms
-from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower import cpu, onednn_cost
 from mpq_fx.passes.lower.inductor import ALL, INT8
 from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC, STATIC7
 from mpq_fx.registry import bindings_of
 from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn
+FLOAT32 = Choice("float32", "float32")
 LIMIT = 2**-8 + 1024**0.5 * 2**-24  # style R9, with a bfloat16 result allowed on the way
 
 
@@ -29,12 +31,13 @@ CALLEES = {BF16: FLOAT, STATIC: INTEGER, STATIC7: INTEGER}
 
 
 class Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, activation=nn.functional.gelu) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 32)
+        self.activation = activation
 
     def forward(self, x):
-        return self.down(nn.functional.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Net(nn.Module):
@@ -140,7 +143,7 @@ def find_site():
 
 PROGRAM = """
 import torch
-from mpq_fx.passes.lower import cpu
+from mpq_fx.passes.lower import cpu, onednn_cost
 from mpq_fx.passes.lower.onednn import ONEDNN, STATIC, STATIC7
 from mpq_fx.facts import Site
 site = Site("a", "linear", "a", input_shape=(4, 256), weight_shape=(32, 256))
@@ -194,7 +197,7 @@ def test_matmul_templates_follow_an_edited_weight(isolated, choice, templates):
 
     The float matmul with an activation inside is no template, see `overruns`.
     """
-    made = Lowered(Mlp(), torch.randn(32, 64), choice, ALL)
+    made = Lowered(Mlp(torch.relu), torch.randn(32, 64), choice, ALL)
     compiled = ONEDNN.compile(made.folded.gm, made.arguments, ALL)
     assert len(compiled.derived) == templates
     with torch.no_grad():
@@ -226,8 +229,36 @@ def test_equal_layers_share_their_code_since_scales_are_arguments(isolated, x, m
 
 
 @pytest.mark.parametrize("mode", ["", INT8])
-def test_a_matmul_hands_over_codes_or_floats_as_the_mode_needs(isolated, x, mode):
-    made = Lowered(Mlp(), x, STATIC, mode)
+@pytest.mark.parametrize("activation", [torch.relu, nn.functional.gelu])
+def test_a_matmul_hands_over_codes_or_floats_as_the_mode_needs(isolated, x, mode, activation):
+    """GELU is cheaper inside oneDNN, which then quantizes as well, in every mode."""
+    made = Lowered(Mlp(activation), x, STATIC, mode)
     first = next(n for n in made.folded.gm.graph.nodes if "qlinear_pointwise" in name_of(n))
-    assert (torch.float32 in first.args) == bool(mode)
+    assert (torch.float32 in first.args) == (bool(mode) and activation is torch.relu)
     assert made.error() <= LIMIT
+
+
+@pytest.mark.timeout(300)
+def test_a_matmul_that_hands_over_codes_is_no_template(isolated):
+    made = Lowered(Mlp(), torch.randn(32, 64), STATIC, INT8)
+    compiled = ONEDNN.compile(made.folded.gm, made.arguments, INT8)
+    assert len(compiled.derived) == 1  # only `down`, which hands over floats
+    assert made.error(compiled.run) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("choices", "ms", "first"),
+    [
+        ([STATIC, BF16], [0.1, 9.0], [INT8, "", ALL]),  # a large float matmul keeps its call
+        ([STATIC, BF16], [0.1, 0.1], [INT8, ALL, ""]),
+        ([BF16, BF16], [0.1, 0.1], [ALL, ""]),  # half of their time is calling
+        ([BF16, BF16], [9.0, 9.0], ["", ALL]),
+        ([STATIC, STATIC], [0.1, 0.1], [INT8, ""]),
+        ([FLOAT32], [0.1], [""]),
+    ],
+)
+def test_modes_come_in_the_order_of_what_they_promise(monkeypatch, choices, ms, first):
+    monkeypatch.setattr(onednn_cost, "call_overhead", lambda: 0.05)
+    site = find_site()
+    planned = [(site, choice, each) for choice, each in zip(choices, ms, strict=True)]
+    assert list(ONEDNN.modes(planned)) == first

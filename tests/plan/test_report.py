@@ -88,7 +88,7 @@ def test_a_site_that_stayed_says_why(small):
 
 
 def test_graphs_without_a_plan_give_their_reason(report):
-    assert "graph 1\n  float: training graph: float" in str(report)
+    assert "graph 1\n  training graph: float" in str(report)
 
 
 def test_nothing_compiled_is_said_and_not_an_error():
