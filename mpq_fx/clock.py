@@ -14,7 +14,7 @@ class Clock:
         self.begin = time.monotonic()
         self.budget = budget
         self.timings: dict[str, float] = {}
-        self.cuts: list[str] = []
+        self.notes: list[str] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -33,4 +33,8 @@ class Clock:
         return time.monotonic() > self.deadline(share)
 
     def cut(self, what: str) -> None:
-        self.cuts.append(f"time_budget of {self.budget:g} s: {what}")
+        self.note(f"time_budget of {self.budget:g} s: {what}")
+
+    def note(self, what: str) -> None:
+        """Something the plan has to tell."""
+        self.notes.append(what)

@@ -147,7 +147,7 @@ def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float
 def _notes(
     graph: Graph, measured: Measured, settled: Settled, clock: Clock, error: float
 ) -> tuple[str, ...]:
-    notes = list(clock.cuts)
+    notes = list(clock.notes)
     if graph.caches:
         notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
     if len(measured.parts.choose) + len(measured.parts.report) + len(measured.parts.fit) < 4:

@@ -74,10 +74,11 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     if _is_allowed(measured, found, None, floats, 0.0):
         variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
-    modes = _in_more_modes(graph, measured, winner, clock)
-    if len(modes) > 1:  # all again: times of two races do not compare
-        variants = {**variants, **modes}
-        winner, timings = _raced(measured, config, clock, variants, run_float)
+    for more in (_other_modes, _finishing):
+        modes = more(measured, winner, timings[winner.name].median)
+        if found_more := _in_more_modes(graph, measured, winner, modes, clock):
+            variants = {**variants, **found_more}  # all race again: times of two do not compare
+            winner, timings = _raced(measured, config, clock, variants, run_float)
     compiled = {name: variant.error for name, variant in variants.items()}
     return Settled(variants, {FLOAT: 0.0, **predicted, **compiled}, timings, winner, found)
 
@@ -119,26 +120,40 @@ def _modes(measured: Measured, assignment: Mapping[str, str]) -> tuple[str, ...]
     return measured.target.modes(planned)
 
 
+def _other_modes(measured: Measured, winner: Variant, ms: float) -> tuple[str, ...]:
+    return tuple(m for m in _modes(measured, winner.assignment) if m != winner.mode)
+
+
+def _finishing(measured: Measured, winner: Variant, ms: float) -> tuple[str, ...]:
+    return measured.target.finishing(winner.mode, len(measured.sites), ms)
+
+
 def _stage(mode: str) -> str:
     return f"compile with {mode}" if mode else "compile"
 
 
 def _in_more_modes(
-    graph: Graph, measured: Measured, winner: Variant, clock: Clock
+    graph: Graph, measured: Measured, winner: Variant, modes: Sequence[str], clock: Clock
 ) -> dict[str, Variant]:
-    """The winner, and the same assignment compiled in other modes while there is time."""
-    found = {winner.name: winner}
-    if winner.installed is None:
-        return found
-    for mode in _modes(measured, winner.assignment):
-        if mode == winner.mode:
-            continue
+    """The winner's assignment compiled in other modes, while there is time.
+
+    A mode that fails to compile takes nothing from the winner; the plan names it.
+    """
+    found: dict[str, Variant] = {}
+    for mode in modes if winner.installed else ():
         if clock.is_past(MORE_MODES):
             clock.cut(f"{winner.label!r} was not compiled with {mode or 'kernels of oneDNN alone'}")
             break
-        with clock.stage(_stage(mode)):
-            _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
+        try:
+            with clock.stage(_stage(mode)):
+                _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
+        except Exception as error:
+            clock.note(f"{winner.label!r} did not compile with {mode}: {first_line(error)}")
     return found
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _raced(

@@ -22,7 +22,7 @@ from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
-from mpq_fx.passes.lower.inductor import compile_frozen
+from mpq_fx.passes.lower.inductor import compile_frozen, finishing, kernels_of
 from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.target import Kernels, Target
@@ -77,6 +77,7 @@ def lower(gm: GraphModule, mode: str) -> Kernels:
     by Inductor, with its scale as a tensor, so that equal layers share the code of one template.
     """
     kernels: Kernels = {}
+    mode = kernels_of(mode)
     for node in list(gm.graph.nodes):
         if node.target not in RULES:
             continue
@@ -361,6 +362,7 @@ ONEDNN = Target(
     lower,
     compile_frozen,
     modes,
+    finishing,
     convert,
     facts=cpu.facts,
 )

@@ -29,6 +29,11 @@ Kernels = dict[str, str]  # node of the graph -> name of the callee that compute
 Planned = Sequence[tuple[Site, Choice, float]]  # what each site runs in, and its ms by itself
 
 
+def no_mode(mode: str, sites: int, ms: float) -> tuple[str, ...]:
+    """Nothing more to try."""
+    return ()
+
+
 def one_mode(planned: Planned) -> tuple[str, ...]:
     """A compiler with one way of doing things."""
     return ("",)
@@ -46,6 +51,8 @@ class Target:
     lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
     modes: Callable[[Planned], tuple[str, ...]] = one_mode  # most promising first
+    # Modes to try at last for what won in a mode: (mode, sites, ms of a call)
+    finishing: Callable[[str, int, float], tuple[str, ...]] = no_mode
     # ms to bring an input from the format of the site before (None: any other op) to the site's own
     convert: Callable[[Site, Choice | None, Choice], float] = lambda site, before, after: 0.0
     is_timed: bool = True  # False: an oracle, whose speed means nothing

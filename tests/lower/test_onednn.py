@@ -238,6 +238,29 @@ def test_a_matmul_hands_over_codes_or_floats_as_the_mode_needs(isolated, x, mode
     assert made.error() <= LIMIT
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("base", ["", INT8])
+def test_called_from_cpp_it_computes_the_same_and_is_refreshed(isolated, base):
+    (mode,) = ONEDNN.finishing(base, 2, 0.1)
+    made = Lowered(Mlp(torch.relu), torch.randn(32, 64), STATIC, mode)
+    compiled = ONEDNN.compile(made.folded.gm, made.arguments, mode)
+    assert made.error(compiled.run) <= LIMIT
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.mul_(-1.5)
+        assert made.error(compiled.run) > 0.1
+        made.refresh()
+        for redo in compiled.derived:
+            redo()
+    assert made.error(compiled.run) <= LIMIT
+
+
+def test_a_wrapper_in_cpp_is_tried_where_calling_kernels_takes_a_share():
+    assert ONEDNN.finishing(INT8, 60, 10.0) == ("int8 templates, C++ wrapper",)
+    assert ONEDNN.finishing("", 60, 10.0) == ("C++ wrapper",)
+    assert ONEDNN.finishing("", 60, 100.0) == ()
+
+
 @pytest.mark.timeout(300)
 def test_a_matmul_that_hands_over_codes_is_no_template(isolated):
     made = Lowered(Mlp(), torch.randn(32, 64), STATIC, INT8)
