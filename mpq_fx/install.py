@@ -93,21 +93,26 @@ def scales_of(plan: Plan, names: Mapping[str, str]) -> dict[tuple[str, str], tup
 
 
 def donor(graph: Graph, binding: Binding, others: Iterable[Binding]) -> Plan | None:
-    """A solved plan of another graph that knows every site of this one, on the very same
-    weights.
-    """
+    """A solved plan of another graph that knows the sites of this one, on the very same weights."""
     mine = {id(ref()) for ref in binding.parameters}
     wanted = fingerprint(graph.sites, binding.site_names)["sites"]
     for other in others:
         if other is binding or other.plan is None or other.installed is None:
             continue
         known = other.plan.fingerprint["sites"]
-        if mine <= {id(ref()) for ref in other.parameters} and all(
-            known.get(name, facts if facts["op"] not in LASTING else None) == facts
-            for name, facts in wanted.items()
-        ):
+        if mine <= {id(ref()) for ref in other.parameters} and covers(known, wanted):
             return other.plan
     return None
+
+
+def covers(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Does a plan know a graph's sites, all but a few that only this graph has?"""
+    shared, new = wanted.keys() & known.keys(), wanted.keys() - known.keys()
+    return (
+        bool(shared)
+        and all(known[name] == wanted[name] for name in shared)
+        and all(wanted[name]["op"] not in LASTING for name in new)
+    )
 
 
 def release(binding: Binding) -> int:

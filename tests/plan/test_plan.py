@@ -15,6 +15,7 @@ from mpq_fx.encoding import parse_choice
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Choice, Plan, Row, Site, SolverFacts, Table
 from mpq_fx.formats import FORMATS
+from mpq_fx.install import covers
 from mpq_fx.plan import check_model, diff, load, save
 
 word = st.text(string.ascii_lowercase + string.digits + "_.", min_size=1, max_size=12)
@@ -311,3 +312,22 @@ def test_a_difference_names_choices_and_numbers(small):
 
 def test_a_plan_does_not_differ_from_itself(bert):
     assert str(diff(bert, bert)).startswith("no difference")
+
+
+LINEAR = {"op": "linear", "weight_shape": [8, 8], "dtype": "float32"}
+SUM = {"op": "residual", "weight_shape": [], "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_covered"),
+    [
+        ({"a": LINEAR}, True),
+        ({"a": LINEAR, "new sum": SUM}, True),  # only this graph's shapes have it
+        ({"a": LINEAR, "new": LINEAR}, False),
+        ({"a": {**LINEAR, "dtype": "bfloat16"}}, False),
+        ({"new sum": SUM}, False),  # a part of the model that the plan says nothing about
+        ({}, False),
+    ],
+)
+def test_a_plan_serves_another_graph_if_it_knows_all_its_weighted_sites(wanted, is_covered):
+    assert covers({"a": LINEAR, "b": LINEAR}, wanted) is is_covered
