@@ -46,6 +46,7 @@ def build(
 ) -> Variant:
     """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
     choices = parse(measured.proposal, assignment)
+    measured.replay.forget(choices)  # room for the constants and the compiler
     installed, kernels = lower(
         graph, measured.target, measured.values, choices, measured.replay.scales, mode
     )

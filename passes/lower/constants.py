@@ -83,14 +83,22 @@ def fold_constants(gm: GraphModule, parameters: Mapping[str, Tensor]) -> Folded:
 def evaluate(
     gm: GraphModule, recipes: Sequence[Recipe], parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """{constant: value} from the present parameters; calls shared by recipes run once."""
+    """{constant: value} from the present parameters; calls shared by recipes run once.
+
+    What lies between is let go after the last recipe that needs it.
+    """
+    last = {node: recipe.name for recipe in recipes for node in recipe.nodes}
     env: dict[Node, Any] = {}
+    found: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be refreshed
         for recipe in recipes:
             for node in recipe.nodes:
                 if node not in env:
                     env[node] = _value(gm, node, env, parameters)
-        return {r.name: _owned(env[r.nodes[-1]], parameters) for r in recipes}
+            found[recipe.name] = _owned(env[recipe.nodes[-1]], parameters)
+            for node in [n for n in recipe.nodes if last[n] == recipe.name]:
+                del env[node]
+    return found
 
 
 def constant_nodes(gm: GraphModule, parameters: Mapping[str, Tensor]) -> set[Node]:

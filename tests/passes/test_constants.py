@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from mpq_fx.graph import ops, placeholders
+from mpq_fx.passes.lower import constants
 from mpq_fx.passes.lower.constants import evaluate, fold_constants
 from mpq_fx.passes.rewrite import rewrite
 from tests.architectures import values
 from tests.passes.conftest import DYNAMIC, subject
+from tests.toy_backend import graph_of
 
 
 def folded(subject):
@@ -88,3 +92,28 @@ def test_constants_are_no_inference_tensors_so_that_they_can_be_refreshed(net):
         found = fold_constants(gm, net.weights)
     assert found.recipes
     assert not any(getattr(found.gm, r.name).is_inference() for r in found.recipes)
+
+
+def test_what_lies_between_is_let_go_after_the_last_constant_that_needs_it(monkeypatch):
+    """Else a refresh, and every compilation, would hold all weights once more."""
+
+    def net(x, first, second):
+        return x @ torch.relu(first).neg(), x @ torch.relu(second).neg()
+
+    gm = graph_of(net, [torch.randn(2, 4)], [torch.randn(4, 4), torch.randn(4, 4)])
+    names = [node.name for node in placeholders(gm)][1:]
+    parameters = {name: torch.randn(4, 4) for name in names}
+    recipes = fold_constants(gm, parameters).recipes
+    alive, compute = [], constants._value
+
+    def watched(*args):
+        alive.append(sum(ref() is not None for ref in refs))
+        value = compute(*args)
+        refs.append(weakref.ref(value))
+        return value
+
+    refs: list[weakref.ref] = []
+    monkeypatch.setattr(constants, "_value", watched)
+    found = evaluate(gm, recipes, parameters)
+    assert len(found) == 2
+    assert max(alive) <= 3  # of six: the first constant, and what the second is made from
