@@ -56,12 +56,11 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     In this order, as far as the time budget reaches: the plan in the most promising mode of
     compilation, all bfloat16 likewise, simpler plans quickly, the winner in the other modes.
     """
-    if not measured.target.is_timed:
-        plan, found = _meet_tolerance(graph, measured, found, config, clock)
-        return Settled({plan.name: plan}, {plan.name: plan.error, FLOAT: 0.0}, {}, plan, found)
-    # First, since quantized weights of a replay and compiled constants together take much room.
-    predicted = {name: joint_error(measured, a) for name, a in contenders(measured).items()}
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
+    if not measured.target.is_timed:
+        return Settled({plan.name: plan}, {plan.name: plan.error, FLOAT: 0.0}, {}, plan, found)
+    once = replace(measured, replay=replace(measured.replay, caches=False))
+    predicted = {name: joint_error(once, a) for name, a in contenders(measured).items()}
     variants = {plan.name: plan}
     for label in _worth_compiling(measured, found, judge, plan, predicted):
         is_rival = label == ALL_BF16

@@ -38,9 +38,8 @@ def bisect(
     fits.
 
     The predicted noise power may be start² · scale.  Starts at scale 1, widens while the measured
-    error
-    allows, then halves the bracket geometrically.  None if no plan that was tried meets the
-    tolerance; the caller then keeps float.
+    error allows, then halves the bracket geometrically; `is_past` ends that once some plan fits.
+    None if no plan that was tried meets the tolerance.
     """
     best: Candidate | None = None
     good, bad, scale = 0.0, float("inf"), 1.0
@@ -57,8 +56,8 @@ def bisect(
         else:
             bad = min(bad, scale)
         scale = _next_scale(good, bad, error, tolerance)
-        if scale is None or is_past():
-            break
+        if scale is None or (best is not None and is_past()):
+            break  # without any plan that fits, looking on is cheaper than running in float
     return best or _exact(solve, measure, tolerance)
 
 

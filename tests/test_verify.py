@@ -83,6 +83,14 @@ def test_out_of_time_the_first_round_counts():
     assert found.scale == 1.0
 
 
+def test_out_of_time_without_a_plan_that_fits_it_looks_on():
+    """A retry with a tighter tolerance used to end in float, however near a plan was."""
+    world = World(lambda error: 3 * error)
+    found = world.bisect(0.1, is_past=lambda: True)
+    assert found.scale > 0
+    assert 0 < found.error <= 0.1
+
+
 def timing(ms: float) -> Timing:
     return Timing(ms, ms, ms)
 

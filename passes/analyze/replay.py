@@ -53,6 +53,7 @@ class Replayer:
     last_use: Mapping[Node, tuple[Node, ...]]
     scales: Scales = field(default_factory=dict)
     weights: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # fake-quantized, cached
+    caches: bool = True  # False: in a single run, where they would only take room
 
     def run(self, inputs: Sequence[Any], choices: Mapping[str, Choice]) -> list[Any]:
         """Outputs with `choices[site name]` applied; float where a site has none."""
@@ -112,10 +113,13 @@ class Replayer:
 
     def quantized_weight(self, site: Site, fmt: str, w: Tensor) -> Tensor:
         key = site.name, fmt
-        if key not in self.weights:
-            rows = w.float().reshape(w.shape[0], -1)
-            self.weights[key] = fake_quantize(rows, format_named(fmt)).reshape(w.shape)
-        return self.weights[key]
+        if key in self.weights:
+            return self.weights[key]
+        rows = w.float().reshape(w.shape[0], -1)
+        found = fake_quantize(rows, format_named(fmt)).reshape(w.shape)
+        if self.caches:
+            self.weights[key] = found
+        return found
 
     def forget(self, sites: Collection[str]) -> None:
         """Free the fake-quantized weights of some sites."""
