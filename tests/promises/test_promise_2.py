@@ -85,6 +85,47 @@ def test_a_simpler_plan_of_far_larger_predicted_latency_is_not_compiled(
     assert {"plan", "inductor float"} <= set(race[1])
 
 
+def test_all_bfloat16_races_whatever_its_predicted_latency_and_the_clock(
+    isolated, monkeypatch, tuned, race
+):
+    monkeypatch.setattr(settle, "HOPELESS", 0.0)
+    monkeypatch.setattr(settle, "SIMPLER_PLAN", -1.0)
+    tuned()
+    assert set(race[1]) == {"plan", "all bfloat16", "inductor float"}
+
+
+def test_what_wins_is_compiled_in_the_other_modes_and_then_finished(
+    isolated, monkeypatch, tuned, race
+):
+    """Modes are raced again with everything else; the last ones follow from what won."""
+    target = replace(
+        REFERENCE,
+        is_timed=True,
+        modes=lambda planned: ("first", "second"),
+        finishing=lambda mode, sites, ms: (f"{mode}, finished",) if ms > 5 else (),
+    )
+    monkeypatch.setattr(passes, "TARGETS", (target,))
+    plan = tuned(**{"plan, second": 8.0, "plan, second, finished": 7.0})
+    assert plan.winner == "plan, second, finished"
+    assert plan.mode == "second, finished"
+    assert race[1].count("plan, first") == 3
+
+
+def test_a_mode_that_does_not_compile_takes_nothing_from_the_winner(isolated, monkeypatch, tuned):
+    def compile_in_mode(gm, inputs, mode):
+        if mode == "broken":
+            raise RuntimeError("no such instruction\nat line 7")
+        return REFERENCE.compile(gm, inputs, mode)
+
+    target = replace(
+        REFERENCE, is_timed=True, modes=lambda planned: ("", "broken"), compile=compile_in_mode
+    )
+    monkeypatch.setattr(passes, "TARGETS", (target,))
+    plan = tuned()
+    assert plan.winner == "plan"
+    assert "'plan' did not compile with broken: no such instruction" in plan.notes
+
+
 def test_a_faster_plan_above_the_tolerance_is_not_raced(isolated, world, race):
     race[0]["all int8"] = 1.0
     batches = [world.batch(k) for k in range(4)]
