@@ -4,7 +4,7 @@ what they say about how to compile a plan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,23 +20,31 @@ from mpq_fx.passes.lower.target import Planned
 onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
 
 
-CALLS_MATTER = 0.4  # share of small float matmuls' time, from which on templates are tried first
+# Share of their time that calling small matmuls takes, from which on templates are tried first.
+INTEGER_CALLS, FLOAT_CALLS = 0.2, 0.4
 
 
 def modes(planned: Planned) -> tuple[str, ...]:
     """Ways to compile a plan, the most promising first.
 
-    Integer matmuls gain from a template what it fuses.  Those of floats gain the fixed cost of a
-    call into oneDNN, and lose where a matmul is large: that is decided by the share of the former.
+    A template saves a matmul the fixed cost of a call into oneDNN, and an integer one also gains by
+    what is fused behind it; a large matmul is faster in oneDNN.
     """
-    floats = [ms for site, choice, ms in planned if is_matmul(site) and choice.scaling == "none"]
-    has_static = any(choice.scaling == "static" for _, choice, _ in planned)
-    first = (INT8,) * has_static
-    if not any(choice.activation == "bfloat16" for _, choice, _ in planned):
-        return (*first, "")
-    if call_overhead() * len(floats) > CALLS_MATTER * sum(floats):
-        return (*first, ALL, "")
-    return (*first, "", ALL)
+    matmuls = [(choice.scaling, ms) for site, choice, ms in planned if is_matmul(site)]
+    integers = [ms for scaling, ms in matmuls if scaling == "static"]
+    floats = [ms for scaling, ms in matmuls if scaling == "none"]
+    found = {"": 1.0}
+    if any(choice.scaling == "static" for _, choice, _ in planned):
+        found[INT8] = calling(integers) / INTEGER_CALLS
+    if any(choice.activation == "bfloat16" for _, choice, _ in planned):
+        # Templates for all are templates for integers, too: where those do not pay, they come last.
+        found[ALL] = min(calling(floats) / FLOAT_CALLS, found.get(INT8, float("inf")))
+    return tuple(sorted(found, key=found.__getitem__, reverse=True))
+
+
+def calling(ms: Sequence[float]) -> float:
+    """Share of the time of some matmuls that is the fixed cost of calling them."""
+    return call_overhead() * len(ms) / sum(ms) if sum(ms) else 0.0
 
 
 def measure(site: Site, choice: Choice) -> float:

@@ -277,6 +277,8 @@ def test_a_matmul_that_hands_over_codes_is_no_template(isolated):
         ([BF16, BF16], [0.1, 0.1], [ALL, ""]),  # half of their time is calling
         ([BF16, BF16], [9.0, 9.0], ["", ALL]),
         ([STATIC, STATIC], [0.1, 0.1], [INT8, ""]),
+        ([STATIC, STATIC], [9.0, 9.0], ["", INT8]),
+        ([STATIC, BF16], [9.0, 0.1], ["", INT8, ALL]),
         ([FLOAT32], [0.1], [""]),
     ],
 )
