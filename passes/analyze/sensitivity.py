@@ -143,8 +143,8 @@ def _one_record(
         if node.op == "output":
             break
         site = replay.sites.get(node.name)
-        unit = unit_of.get(site.name, ()) if site else ()
-        if unit in left:
+        unit = unit_of.get(site.name) if site else None
+        if unit is not None and unit in left:
             left.remove(unit)
             if is_wanted(unit):
                 measured.add(unit)
