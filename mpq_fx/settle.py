@@ -60,20 +60,19 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     if not measured.target.is_timed:
         return Settled({plan.name: plan}, {plan.name: plan.error, FLOAT: 0.0}, {}, plan, found)
     once = replace(measured, replay=replace(measured.replay, caches=False))
-    predicted = {name: joint_error(once, a) for name, a in contenders(measured).items()}
+    simpler = contenders(measured)
+    predicted = {name: joint_error(once, a) for name, a in simpler.items()}
     variants = {plan.name: plan}
     for label in _worth_compiling(measured, found, judge, plan, predicted):
         is_rival = label == ALL_BF16
         if clock.is_past(SIMPLER_PLAN) and not is_rival:
             clock.cut(f"{label!r} was not compiled for comparison")
             continue
-        assignment = contenders(measured)[label]
-        mode = _modes(measured, assignment)[0] if is_rival else ""
+        mode = _modes(measured, simpler[label])[0] if is_rival else ""
         with clock.stage(_stage(mode)):
-            _add(build(graph, measured, label, assignment, mode), variants, measured)
-    floats = contenders(measured)[ALL_FLOAT]
-    if _is_allowed(measured, found, None, floats, 0.0):
-        variants[FLOAT] = Variant(FLOAT, floats, None, {}, 0.0)
+            _add(build(graph, measured, label, simpler[label], mode), variants, measured)
+    if _is_allowed(measured, found, None, simpler[ALL_FLOAT], 0.0):
+        variants[FLOAT] = Variant(FLOAT, simpler[ALL_FLOAT], None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
     for more in (_other_modes, _finishing):
         modes = more(measured, winner, timings[winner.name].median)
@@ -148,7 +147,7 @@ def _in_more_modes(
         try:
             with clock.stage(_stage(mode)):
                 _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
-        except Exception as error:
+        except Exception as error:  # whatever a compiler raises: the winner is there already
             clock.note(f"{winner.label!r} did not compile with {mode}: {first_line(error)}")
     return found
 
