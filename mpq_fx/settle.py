@@ -28,6 +28,7 @@ FLOAT = "inductor float"  # the user's own model, compiled as without mpq
 # Shares of the time budget after which something is not begun any more.
 SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
 HOPELESS = 1.5  # with this many times the plan's predicted latency a simpler one does not race
+CLOSE = 1.1  # within this share of the winner's time all bfloat16 is tried in other modes, too
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
@@ -54,7 +55,7 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     """Compile the plan and each uniform plan that is allowed, race them, keep the best.
 
     In this order, as far as the time budget reaches: the plan in the most promising mode of
-    compilation, all bfloat16 likewise, simpler plans quickly, the winner in the other modes.
+    compilation, all bfloat16 likewise, simpler plans quickly, the best of them in other modes.
     """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
     if not measured.target.is_timed:
@@ -75,9 +76,9 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
         variants[FLOAT] = Variant(FLOAT, simpler[ALL_FLOAT], None, {}, 0.0)
     winner, timings = _raced(measured, config, clock, variants, run_float)
     for more in (_other_modes, _finishing):
-        modes = more(measured, winner, timings[winner.name].median)
-        if found_more := _in_more_modes(graph, measured, winner, modes, clock):
-            variants = {**variants, **found_more}  # all race again: times of two do not compare
+        again = _in_more_modes(graph, measured, clock, _close(variants, timings, winner), more)
+        if again:
+            variants |= {v.name: v for v in again}
             winner, timings = _raced(measured, config, clock, variants, run_float)
     compiled = {name: variant.error for name, variant in variants.items()}
     return Settled(variants, {FLOAT: 0.0, **predicted, **compiled}, timings, winner, found)
@@ -120,36 +121,57 @@ def _modes(measured: Measured, assignment: Mapping[str, str]) -> tuple[str, ...]
     return measured.target.modes(planned)
 
 
-def _other_modes(measured: Measured, winner: Variant, ms: float) -> tuple[str, ...]:
-    return tuple(m for m in _modes(measured, winner.assignment) if m != winner.mode)
+More = Callable[[Measured, Variant, float], tuple[str, ...]]
 
 
-def _finishing(measured: Measured, winner: Variant, ms: float) -> tuple[str, ...]:
-    return measured.target.finishing(winner.mode, len(measured.sites), ms)
+def _other_modes(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
+    return tuple(m for m in _modes(measured, variant.assignment) if m != variant.mode)
+
+
+def _finishing(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
+    return measured.target.finishing(variant.mode, len(measured.sites), ms)
 
 
 def _stage(mode: str) -> str:
     return f"compile with {mode}" if mode else "compile"
 
 
-def _in_more_modes(
-    graph: Graph, measured: Measured, winner: Variant, modes: Sequence[str], clock: Clock
-) -> dict[str, Variant]:
-    """The winner's assignment compiled in other modes, while there is time.
+def _close(
+    variants: Mapping[str, Variant], timings: Mapping[str, Timing], winner: Variant
+) -> list[tuple[Variant, float]]:
+    """What another mode may make the fastest, and its ms: the winner, and all bfloat16 if it is not
+    far.
+    """
+    limit = CLOSE * timings[winner.name].median
+    rivals = [v for v in variants.values() if v.label == ALL_BF16 and v.label != winner.label]
+    near = [v for v in rivals if timings[v.name].median <= limit]
+    return [(v, timings[v.name].median) for v in (winner, *near) if v.installed]
 
-    A mode that fails to compile takes nothing from the winner; the plan names it.
+
+def _in_more_modes(
+    graph: Graph,
+    measured: Measured,
+    clock: Clock,
+    variants: Sequence[tuple[Variant, float]],
+    more: More,
+) -> list[Variant]:
+    """Assignments compiled in other modes, while there is time.
+
+    A mode that fails to compile takes nothing from what is there; the plan names it.
     """
     found: dict[str, Variant] = {}
-    for mode in modes if winner.installed else ():
+    wanted = [(v, mode) for v, ms in variants for mode in more(measured, v, ms)]
+    for variant, mode in wanted:
+        label = variant.label
         if clock.is_past(MORE_MODES):
-            clock.cut(f"{winner.label!r} was not compiled with {mode or 'kernels of oneDNN alone'}")
+            clock.cut(f"{label!r} was not compiled with {mode or 'kernels of oneDNN alone'}")
             break
         try:
             with clock.stage(_stage(mode)):
-                _add(build(graph, measured, winner.label, winner.assignment, mode), found, measured)
-        except Exception as error:  # whatever a compiler raises: the winner is there already
-            clock.note(f"{winner.label!r} did not compile with {mode}: {first_line(error)}")
-    return found
+                _add(build(graph, measured, label, variant.assignment, mode), found, measured)
+        except Exception as error:  # whatever a compiler raises: the variant is there already
+            clock.note(f"{label!r} did not compile with {mode}: {first_line(error)}")
+    return [*found.values()]
 
 
 def first_line(error: Exception) -> str:

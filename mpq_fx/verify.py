@@ -103,7 +103,7 @@ class Timing:
 
 
 def race(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds: float = 6.0
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 60, seconds: float = 6.0
 ) -> dict[str, Timing]:
     """Time variants in turn, so that drift of the machine hits all alike; medians are compared."""
     times: dict[str, list[float]] = {name: [] for name in variants}

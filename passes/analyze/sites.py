@@ -68,14 +68,18 @@ def find_sites(gm: GraphModule, parameters: Mapping[str, str]) -> list[Site]:
 def is_residual(node: Node) -> bool:
     """The sum of two feature maps: what it is stored in is a choice, since it is read twice.
 
-    Only maps of four dimensions: the streams of token models are small beside their weights.
+    Only maps of four dimensions: the streams of token models are small beside their weights.  A
+    result of the whole graph is not stored but handed over.
     """
     if node.target is not aten.add.Tensor or node.kwargs:
         return False
     maps = [value(n) for n in node.all_input_nodes if not is_weight(n)]
     result = value(node)
-    return len(maps) == 2 and all(
-        m.dim() == 4 and m.is_floating_point() and m.shape == result.shape for m in maps
+    is_kept = any(user.op != "output" for user in stored(node).users)
+    return (
+        len(maps) == 2
+        and is_kept
+        and all(m.dim() == 4 and m.is_floating_point() and m.shape == result.shape for m in maps)
     )
 
 

@@ -1,20 +1,22 @@
-"""site -> gelu -> quantize   =   one kernel with a post-op and an integer output
+"""site -> gelu -> quantize                   =   one kernel with a post-op and an integer output
+site -> add(residual) -> relu -> quantize  =   one kernel that adds into the residual
 
-What may follow a site inside its own kernel: an activation the kernel knows, then the quantization
-to the next site's format.  Anything else is left to Inductor, which fuses it with its neighbors.
+What may follow a site inside its own kernel: an activation the kernel knows or the sum with a
+residual, then the quantization to the next site's format.  Anything else is left to Inductor, which
+fuses it with its neighbors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
-from mpq_fx.graph import value
+from mpq_fx.graph import arguments, value
 from mpq_fx.passes.rewrite.float_op import CAST
 
 aten, mpq = torch.ops.aten, torch.ops.mpq
@@ -30,12 +32,22 @@ class Post:
 
 
 @dataclass(frozen=True)
+class Addend:
+    """The other operand of a sum: codes that the kernel adds into, or bfloat16 that it reads."""
+
+    x: Node
+    scale: Node | None = None  # of codes: constants
+    zero: Node | None = None
+
+
+@dataclass(frozen=True)
 class Tail:
     """What a kernel takes over, and the node whose users read its result."""
 
     last: Node
     post: Post = Post()
     quantize: Node | None = None  # mpq.quantize of the next site
+    addend: Addend | None = None  # added before `post`
 
 
 def clamp(node: Node) -> Post:
@@ -69,6 +81,95 @@ def tail_of(node: Node, posts: frozenset[str]) -> Tail:
     return Tail(last, post)
 
 
+def sum_tail_of(node: Node, posts: frozenset[str]) -> Tail | None:
+    """Of an integer site: the sum with a residual that alone reads its result, and what that is
+    stored as.  None where no sum follows, or where its other operand is not at hand in few bits.
+    """
+    last = narrowed(node)
+    total = only_user(last)
+    if total is None or total.target is not aten.add.Tensor or total.kwargs:
+        return None
+    tail = tail_of(total, posts)
+    if value(tail.last).dtype == value(total).dtype:
+        return None  # what stays this wide Inductor fuses with its readers
+    for other in total.all_input_nodes:
+        if other is not last and other < node and value(other).shape == value(total).shape:
+            addend = addend_of(node, other, total, value(tail.last).dtype)
+            return replace(tail, addend=addend) if addend is not None else None
+    return None
+
+
+def narrowed(node: Node) -> Node:
+    """The end of cast(cast(node, bfloat16), float32), which spares memory outside of a kernel."""
+    narrow = only_user(node)
+    if narrow is None or not is_cast(narrow, torch.bfloat16):
+        return node
+    wide = only_user(narrow)
+    return wide if wide is not None and is_cast(wide, value(node).dtype) else node
+
+
+def addend_of(node: Node, other: Node, total: Node, dtype: torch.dtype) -> Addend | None:
+    """What `other` was widened from: bfloat16, or codes in the result's dtype to be overwritten."""
+    if is_cast(other, value(total).dtype):
+        narrow: Any = other.args[0]
+        return Addend(narrow) if value(narrow).dtype == torch.bfloat16 else None
+    chain = dequantization(other)
+    if not chain or value(chain[0]).dtype != dtype:
+        return None
+    codes, _, steps, wide = chain
+    addend = Addend(codes, arguments(wide)[1], arguments(steps)[1])
+    return addend if is_last_reader(node, chain, total) else None
+
+
+def dequantization(wide: Node) -> tuple[Node, ...]:
+    """(codes, cast, cast - zero, · scale) of a residual kept as codes, or ()."""
+    if wide.target is not aten.mul.Tensor:
+        return ()
+    steps, scale = arguments(wide)
+    if not isinstance(steps, Node) or steps.target is not aten.sub.Tensor:
+        return ()
+    cast, zero = arguments(steps)
+    constants = [isinstance(c, Node) and c.op == "get_attr" for c in (scale, zero)]
+    if not all(constants) or not is_cast(cast, torch.float32):
+        return ()
+    return arguments(cast)[0], cast, steps, wide
+
+
+def is_last_reader(node: Node, chain: Sequence[Node], total: Node) -> bool:
+    """May `node` overwrite the codes that `total` reads at the end of `chain`: is every other
+    reader needed for `node` itself?  One that merely stands before it is not enough, for Inductor
+    moves nodes.
+    """
+    needed, pending = ancestors(node), [chain[0]]
+    while pending:
+        for user in pending.pop().users:
+            if user in chain or (user in needed and may_alias(user)):
+                pending.append(user)
+            elif user not in needed and user is not total:
+                return False
+    return chain[0].op == "call_function"
+
+
+def ancestors(node: Node) -> set[Node]:
+    found, pending = set[Node](), [node]
+    while pending:
+        new = [before for before in pending.pop().all_input_nodes if before not in found]
+        found.update(new)
+        pending += new
+    return found | {node}
+
+
+def may_alias(node: Node) -> bool:
+    """Can a node be a view of what it reads?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    returns = node.target._schema.returns
+    return node.target in COPIES_OR_VIEWS or any(r.alias_info is not None for r in returns)
+
+
+COPIES_OR_VIEWS = {aten.reshape.default, aten.contiguous.default}
+
+
 def float_tail_of(node: Node, posts: frozenset[str]) -> Tail:
     """Of a float site: an activation behind it, through the casts that surround it.
 
@@ -85,8 +186,8 @@ def float_tail_of(node: Node, posts: frozenset[str]) -> Tail:
     return Tail(narrow if is_back and narrow is not None else act, POSTS[act.target](act))
 
 
-def is_cast(node: Node, dtype: torch.dtype) -> bool:
-    return node.target is CAST and node.args[1] == dtype
+def is_cast(node: Any, dtype: torch.dtype) -> bool:
+    return isinstance(node, Node) and node.target is CAST and node.args[1] == dtype
 
 
 def only_user(node: Node) -> Node | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.fx import GraphModule
@@ -58,6 +60,22 @@ def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) ->
     kernels = kernels_of(mode)
     settings = {**(TEMPLATES if kernels else FROZEN), "cpp_wrapper": mode.endswith(WRAPPER)}
     dtypes = OPERANDS.get(kernels, frozenset())
-    with torch.no_grad(), inductor.patch(settings), recording(dtypes) as derived:
+    with (
+        torch.no_grad(),
+        inductor.patch(settings),
+        adding_in_place(),
+        recording(dtypes) as derived,
+    ):
         run: Callable[..., Any] = compile_fx(gm, list(example_inputs))  # type: ignore[assignment]
     return Compiled(run, tuple(derived))
+
+
+def adding_in_place() -> AbstractContextManager[Any]:
+    """Lets an integer matmul add into every operand that the lowering allowed it to overwrite.
+
+    Into a view, as the pixels of a convolution are one, Inductor would not; it would take the
+    operand's codes for numbers instead, without their scale (torch 2.13).
+    """
+    from torch._inductor.fx_passes import mkldnn_fusion
+
+    return patch.object(mkldnn_fusion, "_qlinear_binary_can_be_inplace", lambda other: True)

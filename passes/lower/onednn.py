@@ -1,6 +1,7 @@
 """mpq::linear, mpq::conv, float linear and conv  ->  oneDNN ops on packed constants
 
 static     onednn.qlinear_pointwise(codes, scale, zero, pack(w), …)
+           onednn.qlinear_pointwise.binary(…, residual, …), added into the residual's own codes
 dynamic    onednn.qlinear_pointwise(codes, 1, 0, pack(w), …) · row scale + bias
 weight     int8 or int4 weights alone, for a few rows: `weight_only`
 bf16, f32  mkldnn._linear_pointwise(x, pack(w), b)
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
-from mpq_fx.passes.lower.fuse import Post, Tail, float_tail_of, tail_of
+from mpq_fx.passes.lower.fuse import Addend, Post, Tail, float_tail_of, sum_tail_of, tail_of
 from mpq_fx.passes.lower.inductor import compile_frozen, finishing, kernels_of
 from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
+from mpq_fx.passes.lower.pointwise import as_maps, as_rows, is_pointwise
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
@@ -47,6 +50,7 @@ CHOICES = {
 
 
 QLINEAR = "onednn.qlinear_pointwise"
+FLOATS = (1.0, 0, torch.float32)  # a result without a scale of its own
 
 
 def unavailable() -> str:
@@ -82,11 +86,11 @@ def lower(gm: GraphModule, mode: str) -> Kernels:
         if node.target not in RULES:
             continue
         rule, find_tail, posts = RULES[node.target]
-        tail = find_tail(node, posts)
+        tail = residual_tail(node, mode) or find_tail(node, posts)
         result, callee = rule(gm, node, tail, mode)
         dtype = value(tail.last).dtype
         tail.last.replace_all_uses_with(cast_to(node, result, dtype))
-        erase_chain(tail.last, node)
+        erase_unread(tail.last)
         kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
     decompose_quantize(gm)
     swap_sums(gm)
@@ -128,9 +132,9 @@ def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[No
     weight = (packed, flat(node, sw), flat(node, zw))
     if sx.op == "get_attr":
         x, zero = unsigned(node, x, int(scalar(gm, zx)), x_name)
-        scales = (scalar(gm, sx), zero)
-        return matmul(gm, node, x, scales, weight, owned(node, bias), tail, mode), QLINEAR
-    y = _qlinear(node, x, (1.0, 0), weight, None, (1.0, 0, torch.float32), Post())
+        given = Operands(x, (scalar(gm, sx), zero), weight, owned(node, bias), tail.addend)
+        return matmul(gm, node, given, tail, mode)
+    y = _qlinear(gm, node, Operands(x, (1.0, 0), weight), FLOATS, Post())
     y = insert_call(node, aten.mul.Tensor, (y, sx))
     return (y if bias is None else insert_call(node, aten.add.Tensor, (y, bias))), QLINEAR
 
@@ -140,13 +144,14 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, name, *_) = arguments(node)
     x, zero = unsigned(node, x, int(scalar(gm, zx)), name)
     scales, window = flat(node, sw), (stride, padding, dilation, groups)
-    if is_pointwise(node, tail):
+    if is_pointwise(node) and tail.post.name in MATMUL_POSTS:
         matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
         packed = pack(node, onednn.qlinear_prepack.default, (matrix, None), value(matrix).t())
         weight, pixels = (packed, scales, flat(node, zw)), as_rows(node, x, stride)
-        given = (scalar(gm, sx), zero)
-        y = matmul(gm, node, pixels, given, weight, owned(node, bias), tail, mode)
-        return as_maps(node, y), QLINEAR
+        addend = tail.addend and replace(tail.addend, x=as_rows(node, tail.addend.x, (1, 1)))
+        given = Operands(pixels, (scalar(gm, sx), zero), weight, owned(node, bias), addend)
+        y, callee = matmul(gm, node, given, tail, mode)
+        return as_maps(node, y), callee
     shape = [hint(size) for size in value(x).shape]
     operands = (w, scales, scalar(gm, sx), zero, *window, shape)
     packed = pack(node, onednn.qconv_prepack.default, operands, value(w))
@@ -156,58 +161,51 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node
     return y, "onednn.qconv_pointwise"
 
 
-def matmul(  # noqa: PLR0913 - the operands of a matmul, and how it ends
-    gm: GraphModule,
-    node: Node,
-    x: Node,
-    scales: tuple[float, int],
-    weight: tuple[Node, Node, Node],
-    bias: Any,
-    tail: Tail,
-    mode: str,
-) -> Node:
+@dataclass(frozen=True)
+class Operands:
+    """What an integer matmul reads: codes, their scale and zero point, (packed, scales, zeros)."""
+
+    x: Node
+    scales: tuple[float, int]
+    weight: tuple[Node, Node, Node]
+    bias: Any = None
+    addend: Addend | None = None
+
+
+def matmul(gm: GraphModule, node: Node, given: Operands, tail: Tail, mode: str) -> tuple[Node, str]:
     """Static integer matmul with what follows it: in oneDNN's op, or fused behind a template.
 
     A template gives float32 only; the cast or quantization behind it is part of its epilogue.  GELU
     stays with oneDNN, whose erf takes a third of the time of the template's.
     """
+    callee = QLINEAR if given.addend is None else f"{QLINEAR}.binary"
     if not mode or (tail.post.name == "gelu" and tail.quantize is not None):
-        return _qlinear(node, x, scales, weight, bias, output_of(gm, tail), tail.post)
-    y = _qlinear(node, x, scales, weight, bias, (1.0, 0, torch.float32), tail.post)
+        return _qlinear(gm, node, given, output_of(gm, tail), tail.post), callee
+    y = _qlinear(gm, node, given, FLOATS, tail.post)
     if tail.quantize is None:
-        return cast_to(node, y, value(tail.last).dtype)
+        return cast_to(node, y, value(tail.last).dtype), callee
     _, scale, zero, name = arguments(tail.quantize)
     for constant in (scale, zero):
         node.prepend(constant)
-    return encode_static(gm, node, y, scale, zero, name)
+    return encode_static(gm, node, y, scale, zero, name), callee
 
 
-def is_pointwise(node: Node, tail: Tail) -> bool:
-    """A 1x1 convolution is a matmul over pixels, which costs less to call."""
-    weight = value(_window(node)[1])
-    *_, padding, _, groups = _window(node)
-    is_matmul = weight.dim() == 4 and tuple(weight.shape[2:]) == (1, 1) and groups == 1
-    return is_matmul and not any(padding) and tail.post.name in ("none", *LINEAR_POSTS)
-
-
-def _window(node: Node) -> tuple[Any, ...]:
-    """(x, w, b, stride, padding, dilation, groups) of a float or an integer convolution."""
-    args = arguments(node)
-    return (args[0], args[3], *args[6:11]) if node.target is mpq.conv.default else args[:7]
-
-
-def as_rows(anchor: Node, x: Node, stride: Any) -> Node:
-    """[B, C, H, W] -> [B, H', W', C], every stride-th pixel: a view in channels_last."""
-    for dim, step in zip((2, 3), stride, strict=True):
-        if step > 1:
-            args = (x, dim, 0, value(x).shape[dim], step)
-            x = insert_call(anchor, aten.slice.Tensor, args)
-    return insert_call(anchor, aten.permute.default, (x, [0, 2, 3, 1]))
-
-
-def as_maps(anchor: Node, y: Node) -> Node:
-    """[B, H, W, C] -> [B, C, H, W], in channels_last"""
-    return insert_call(anchor, aten.permute.default, (y, [0, 3, 1, 2]))
+def residual_tail(node: Node, mode: str) -> Tail | None:
+    """The sum that an integer matmul takes over.  A template leaves it to Inductor, which fuses the
+    whole of it.
+    """
+    is_matmul = node.target is mpq.linear.default or (
+        node.target is mpq.conv.default and is_pointwise(node)
+    )
+    if mode or not is_matmul or not is_static(node):
+        return None
+    tail = sum_tail_of(node, SUM_POSTS)
+    if tail is None or tail.addend is None:
+        return None
+    # What only reads its addend is given the dtype of x by Inductor (torch 2.13), unless floating.
+    dtype = value(tail.last).dtype
+    is_known = dtype.is_floating_point or dtype == torch.uint8 or tail.addend.scale is not None
+    return tail if is_known else None
 
 
 def unsigned(anchor: Node, x: Node, zero: int, name: str) -> tuple[Node, int]:
@@ -257,7 +255,7 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tu
 def lower_float_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     x, w, bias, stride, padding, dilation, groups = arguments(node)
     post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
-    if is_pointwise(node, tail):
+    if is_pointwise(node) and tail.post.name in MATMUL_POSTS:
         matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
         pixels = as_rows(node, x, stride)
         rows = math.prod(hint(size) for size in value(pixels).shape[:-1])
@@ -279,8 +277,12 @@ def lower_float_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tupl
 
 def integer_tail(node: Node, posts: frozenset[str]) -> Tail:
     """A kernel that scales outside (dynamic, weight-only) takes nothing over."""
-    is_static = arguments(node)[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
-    return tail_of(node, posts) if is_static else Tail(node)
+    return tail_of(node, posts) if is_static(node) else Tail(node)
+
+
+def is_static(node: Node) -> bool:
+    """Does an integer site read codes whose scale is a constant?"""
+    return arguments(node)[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
 
 
 def _formats(node: Node) -> tuple[str, str]:
@@ -293,7 +295,9 @@ def as_is(node: Node, posts: frozenset[str]) -> Tail:
 
 
 LINEAR_POSTS = frozenset({"relu", "gelu"})
+MATMUL_POSTS = LINEAR_POSTS | {"none"}  # of a convolution that runs as a matmul
 CONV_POSTS = frozenset({"relu", "hardtanh"})
+SUM_POSTS = frozenset({"relu"})
 RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], frozenset[str]]] = {
     mpq.linear.default: (lower_linear, integer_tail, LINEAR_POSTS),
     mpq.conv.default: (lower_conv, integer_tail, CONV_POSTS),
@@ -304,14 +308,13 @@ RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], fro
 }
 
 
-def erase_chain(last: Node, first: Node) -> None:
-    """Remove nodes from `last` back to `first`, each read by the next alone."""
-    node = last
-    while node is not first:
-        before = arguments(node)[0]
-        node.graph.erase_node(node)
-        node = before
-    first.graph.erase_node(first)
+def erase_unread(node: Node) -> None:
+    """Remove a call, and of what it read the calls and constants that nothing else reads."""
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for before in read:
+        if not before.users and before.op != "placeholder":
+            erase_unread(before)
 
 
 def pack(anchor: Node, target: Any, args: tuple[Any, ...], logical: torch.Tensor) -> Node:
@@ -339,18 +342,23 @@ def flat(anchor: Node, rows: Node) -> Node:
     return insert_call(anchor, aten.reshape.default, (rows, [-1]))
 
 
-def _qlinear(  # noqa: PLR0913 - the operands of oneDNN's op
+def _qlinear(
+    gm: GraphModule,
     node: Node,
-    x: Any,
-    scales: tuple[float, int],
-    weight: tuple[Node, Node, Node],
-    bias: Any,
+    given: Operands,
     output: tuple[float, int, torch.dtype],
     post: Post,
 ) -> Node:
     tail = (post.name, [*post.scalars], post.algorithm)
-    args = (x, *scales, *weight, bias, *output, *tail)
-    return insert_call(node, onednn.qlinear_pointwise.default, args)
+    args = (given.x, *given.scales, *given.weight)
+    if given.addend is None:
+        args = (*args, given.bias, *output, *tail)
+        return insert_call(node, onednn.qlinear_pointwise.default, args)
+    addend = (1.0, 0, "add", 1.0)
+    if given.addend.scale is not None:
+        addend = (scalar(gm, given.addend.scale), int(scalar(gm, given.addend.zero)), "sum", 1.0)
+    args = (*args, given.addend.x, given.bias, *output, *addend, *tail)
+    return insert_call(node, onednn.qlinear_pointwise.binary, args)
 
 
 ONEDNN = Target(

@@ -1,0 +1,115 @@
+"""What a kernel takes over: a residual is added in place only where nobody reads it afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import relu
+
+from mpq_fx.graph import ops
+from mpq_fx.passes.lower import onednn
+from mpq_fx.passes.lower.inductor import INT8, compile_frozen
+from mpq_fx.passes.lower.onednn import BF16, STATIC
+from tests.lowered import Lowered
+
+pytestmark = pytest.mark.onednn
+LIMIT = 0.01  # codes of 8 bits differ by one where the reference rounds to bfloat16 on the way
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, activation, is_first: bool) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.down = nn.Conv2d(16, 16, 1) if is_first else nn.Identity()
+        self.activation = activation
+
+    def forward(self, x):
+        y = self.wide(relu(self.narrow(x)))
+        return self.activation(y + self.down(x))
+
+
+class Residual(nn.Module):
+    """A stem, three blocks, and a head that may also read what the first two blocks read."""
+
+    def __init__(self, activation=relu, later: bool = False) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 12, 1)
+        self.blocks = nn.ModuleList(Bottleneck(activation, k == 0) for k in range(3))
+        self.side = nn.Conv2d(16, 12, 1) if later else None
+
+    def forward(self, x):
+        x = relu(self.stem(x))
+        kept = []
+        for block in self.blocks:
+            x = block(x)
+            kept.append(x)
+        y = self.head(x)
+        return y if self.side is None else y + self.side(kept[0])
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 12, 12)
+
+
+def sums(lowered: Lowered) -> list[str]:
+    """How each integer matmul adds a residual: "sum" in place, "add" beside it."""
+    target = torch.ops.onednn.qlinear_pointwise.binary
+    return [
+        node.args[13]
+        for node in lowered.folded.gm.graph.find_nodes(op="call_function", target=target)
+    ]
+
+
+@pytest.mark.parametrize("activation", [relu, nn.Identity()], ids=["relu", "none"])
+def test_an_integer_matmul_adds_into_the_codes_of_its_residual(isolated, image, activation):
+    lowered = Lowered(Residual(activation), image, STATIC)
+    assert sums(lowered) == ["add", "sum", "sum"]  # the first block's residual has just been made
+    assert "sub" not in ops(lowered.folded.gm).split()  # no residual is widened
+    assert lowered.error() < LIMIT
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_compiled_it_computes_what_it_computes_uncompiled(isolated, image, later):
+    lowered = Lowered(Residual(later=later), image, STATIC)
+    with torch.no_grad():
+        expected = lowered.folded.gm(*lowered.arguments)[0]
+        run = compile_frozen(lowered.folded.gm, lowered.arguments, "").run
+        for _ in range(2):  # nothing of a call may be left in a buffer that the next one reads
+            torch.testing.assert_close(run(*lowered.arguments)[0], expected)
+
+
+def test_a_residual_that_is_read_later_is_not_overwritten(isolated, image):
+    lowered = Lowered(Residual(later=True), image, STATIC)
+    assert sums(lowered) == ["add", "sum"]  # the second block would overwrite what `side` reads
+    assert lowered.error() < LIMIT
+
+
+def test_a_residual_in_bfloat16_is_read_by_the_kernel(isolated, image):
+    lowered = Lowered(Residual(), image, {"": STATIC, "residual": BF16})
+    assert sums(lowered) == ["add", "add", "add"]
+    assert lowered.error() < LIMIT
+
+
+def test_a_template_leaves_the_sum_to_inductor(isolated, image):
+    assert sums(Lowered(Residual(), image, STATIC, INT8)) == []
+
+
+@pytest.mark.parametrize("bug", ["scale", "zero", "post"])
+def test_the_comparison_bites(isolated, image, monkeypatch, bug):
+    right = onednn.sum_tail_of
+
+    def wrong(node, posts):
+        tail = right(node, posts)
+        if tail is None or tail.addend is None or tail.addend.scale is None:
+            return tail
+        if bug == "post":
+            return replace(tail, post=onednn.Post("relu"))
+        other = tail.quantize.args[1]  # the scale of the result; as a zero point it is 0
+        return replace(tail, addend=replace(tail.addend, **{bug: other}))
+
+    monkeypatch.setattr(onednn, "sum_tail_of", wrong)
+    assert Lowered(Residual(nn.Identity()), image, STATIC).error() > LIMIT
