@@ -23,10 +23,11 @@ from functools import partial
 
 from models import BATCHES, MODELS
 from results import Row, add_rows, check_machine, load, parser, rows
-from variants import BAR, INDUCTOR, VARIANTS, YARDSTICKS, prepare
+from variants import BAR, INDUCTOR, TIMING, VARIANTS, YARDSTICKS, prepare
 from worker import CALLS, Job, Started, Worker
 
 ROUNDS = 15
+TOGETHER = 4  # variants that are built at the same time
 LIMIT = 400.0  # seconds that a variant may take to be ready
 PAUSE = 0.02  # seconds between two processes, for the threads of the first to go to sleep
 ANCHORS = 2  # Inductor variants measured again beside the rest, by turns
@@ -39,20 +40,28 @@ PHASES = {"rivals": RIVALS, "peers": PEERS, "mpq": MPQ}
 def compare(
     jobs: Mapping[str, Job], *, rounds: int = ROUNDS, limit: float = LIMIT
 ) -> dict[str, Row]:
-    """{name: Row}: build every job in a process of its own, then time them in turn."""
+    """{name: Row}: build every job in a process of its own, then time them all in turn."""
     found: dict[str, Row] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
-        for name, job in jobs.items():
-            worker = stack.enter_context(Worker(job))
-            started = worker.start(limit)
-            found[name] = _untimed(started)
-            print(f"{name}: {started.reason or 'ready'}", file=sys.stderr, flush=True)
-            if not started.reason:
-                workers[name] = worker
+        for group in groups(list(jobs)):
+            building = {name: stack.enter_context(Worker(jobs[name])) for name in group}
+            for name, worker in building.items():
+                started = worker.start(limit)
+                found[name] = _untimed(started)
+                print(f"{name}: {started.reason or 'ready'}", file=sys.stderr, flush=True)
+                if not started.reason:
+                    workers[name] = worker
         times = _in_turn(workers, rounds)
     expected = rounds * CALLS
-    return {name: _timed(row, times.get(name), expected) for name, row in found.items()}
+    return {name: _timed(found[name], times.get(name), expected) for name in jobs}
+
+
+def groups(names: Sequence[str]) -> list[list[str]]:
+    """What is built at the same time: variants that time kernels while they are built are alone."""
+    alone = [[name] for name in names if name in TIMING]
+    others = [name for name in names if name not in TIMING]
+    return [*(others[k : k + TOGETHER] for k in range(0, len(others), TOGETHER)), *alone]
 
 
 def measure(

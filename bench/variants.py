@@ -297,3 +297,7 @@ VARIANTS: dict[str, Callable[[Case], Runner]] = {
     "mpq": mpq,
     BAR: mpq,  # `prepare` adds the tolerance
 }
+# What these become depends on times taken while they are built.
+TIMING = {name for name in VARIANTS if "max-autotune" in name or name.startswith("mpq")} | {
+    "pt2e int8 + bf16"  # compiled with max-autotune
+}
