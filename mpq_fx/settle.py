@@ -55,7 +55,8 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     """Compile the plan and each uniform plan that is allowed, race them, keep the best.
 
     In this order, as far as the time budget reaches: the plan in the most promising mode of
-    compilation, all bfloat16 likewise, simpler plans quickly, the best of them in other modes.
+    compilation, all bfloat16 likewise, simpler plans quickly, then the best in other modes: first
+    in what finishes the mode that won, since that is known to be good.
     """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
     if not measured.target.is_timed:
@@ -74,12 +75,7 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
             _add(build(graph, measured, label, simpler[label], mode), variants, measured)
     if _is_allowed(measured, found, None, simpler[ALL_FLOAT], 0.0):
         variants[FLOAT] = Variant(FLOAT, simpler[ALL_FLOAT], None, {}, 0.0)
-    winner, timings = _raced(measured, config, clock, variants, run_float)
-    for more in (_other_modes, _finishing):
-        again = _in_more_modes(graph, measured, clock, _close(variants, timings, winner), more)
-        if again:
-            variants |= {v.name: v for v in again}
-            winner, timings = _raced(measured, config, clock, variants, run_float)
+    winner, timings = _in_best_mode(graph, measured, config, clock, variants, run_float)
     compiled = {name: variant.error for name, variant in variants.items()}
     return Settled(variants, {FLOAT: 0.0, **predicted, **compiled}, timings, winner, found)
 
@@ -121,11 +117,32 @@ def _modes(measured: Measured, assignment: Mapping[str, str]) -> tuple[str, ...]
     return measured.target.modes(planned)
 
 
+def _in_best_mode(
+    graph: Graph,
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    variants: dict[str, Variant],
+    run_float: Callable[..., Any],
+) -> tuple[Variant, Mapping[str, Timing]]:
+    """The fastest of `variants`, to which what is near is added in other modes; all times."""
+    winner, timings = _raced(measured, config, clock, variants, run_float)
+    tried = {(v.label, v.mode) for v in variants.values()}
+    for more in (_finishing, _other_modes, _finishing):
+        modes = _in_other_modes(measured, more, variants, timings, winner)
+        wanted = [(v, mode) for v, mode in modes if (v.label, mode) not in tried]
+        tried |= {(v.label, mode) for v, mode in wanted}
+        if again := _compiled(graph, measured, clock, wanted):
+            variants |= again  # all race again: times of two races do not compare
+            winner, timings = _raced(measured, config, clock, variants, run_float)
+    return winner, timings
+
+
 More = Callable[[Measured, Variant, float], tuple[str, ...]]
 
 
 def _other_modes(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
-    return tuple(m for m in _modes(measured, variant.assignment) if m != variant.mode)
+    return _modes(measured, variant.assignment)
 
 
 def _finishing(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
@@ -136,31 +153,30 @@ def _stage(mode: str) -> str:
     return f"compile with {mode}" if mode else "compile"
 
 
-def _close(
-    variants: Mapping[str, Variant], timings: Mapping[str, Timing], winner: Variant
-) -> list[tuple[Variant, float]]:
-    """What another mode may make the fastest, and its ms: the winner, and all bfloat16 if it is not
-    far.
-    """
+def _in_other_modes(
+    measured: Measured,
+    more: More,
+    variants: Mapping[str, Variant],
+    timings: Mapping[str, Timing],
+    winner: Variant,
+) -> Iterator[tuple[Variant, str]]:
+    """What another mode may make the fastest: the winner, and all bfloat16 if it is not far."""
     limit = CLOSE * timings[winner.name].median
     rivals = [v for v in variants.values() if v.label == ALL_BF16 and v.label != winner.label]
-    near = [v for v in rivals if timings[v.name].median <= limit]
-    return [(v, timings[v.name].median) for v in (winner, *near) if v.installed]
+    for variant in (winner, *rivals):
+        ms = timings[variant.name].median
+        if variant.installed is not None and ms <= limit:
+            yield from ((variant, mode) for mode in more(measured, variant, ms))
 
 
-def _in_more_modes(
-    graph: Graph,
-    measured: Measured,
-    clock: Clock,
-    variants: Sequence[tuple[Variant, float]],
-    more: More,
-) -> list[Variant]:
-    """Assignments compiled in other modes, while there is time.
+def _compiled(
+    graph: Graph, measured: Measured, clock: Clock, wanted: Sequence[tuple[Variant, str]]
+) -> dict[str, Variant]:
+    """Variants compiled in other modes, while there is time.
 
     A mode that fails to compile takes nothing from what is there; the plan names it.
     """
     found: dict[str, Variant] = {}
-    wanted = [(v, mode) for v, ms in variants for mode in more(measured, v, ms)]
     for variant, mode in wanted:
         label = variant.label
         if clock.is_past(MORE_MODES):
@@ -171,7 +187,7 @@ def _in_more_modes(
                 _add(build(graph, measured, label, variant.assignment, mode), found, measured)
         except Exception as error:  # whatever a compiler raises: the variant is there already
             clock.note(f"{label!r} did not compile with {mode}: {first_line(error)}")
-    return [*found.values()]
+    return found
 
 
 def first_line(error: Exception) -> str:

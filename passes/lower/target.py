@@ -51,7 +51,7 @@ class Target:
     lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
     modes: Callable[[Planned], tuple[str, ...]] = one_mode  # most promising first
-    # Modes to try at last for what won in a mode: (mode, sites, ms of a call)
+    # What may make a mode that won still faster: (mode, sites, ms of a call)
     finishing: Callable[[str, int, float], tuple[str, ...]] = no_mode
     # ms to bring an input from the format of the site before (None: any other op) to the site's own
     convert: Callable[[Site, Choice | None, Choice], float] = lambda site, before, after: 0.0

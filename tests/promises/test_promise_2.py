@@ -94,21 +94,36 @@ def test_all_bfloat16_races_whatever_its_predicted_latency_and_the_clock(
     assert set(race[1]) == {"plan", "all bfloat16", "inductor float"}
 
 
-def test_what_wins_is_compiled_in_the_other_modes_and_then_finished(
-    isolated, monkeypatch, tuned, race
-):
-    """Modes are raced again with everything else; the last ones follow from what won."""
+@pytest.fixture
+def two_modes(race, monkeypatch) -> None:
+    """A target that compiles in two modes, each of which can be finished."""
     target = replace(
         REFERENCE,
         is_timed=True,
         modes=lambda planned: ("first", "second"),
-        finishing=lambda mode, sites, ms: (f"{mode}, finished",) if ms > 5 else (),
+        finishing=lambda mode, sites, ms: (
+            () if mode.endswith("finished") else (f"{mode}, finished",)
+        ),
     )
     monkeypatch.setattr(passes, "TARGETS", (target,))
+
+
+def test_what_wins_is_finished_compiled_in_the_other_modes_and_finished_there(
+    isolated, two_modes, tuned, race
+):
+    """Modes are raced again with everything else; the last ones follow from what won."""
     plan = tuned(**{"plan, second": 8.0, "plan, second, finished": 7.0})
     assert plan.winner == "plan, second, finished"
     assert plan.mode == "second, finished"
-    assert race[1].count("plan, first") == 3
+    assert race[1].count("plan, first") == 4
+    assert race[1].count("plan, first, finished") == 3
+
+
+def test_all_bfloat16_gets_its_other_modes_if_it_is_near(isolated, two_modes, tuned, race):
+    near, far = 10.0 * settle.CLOSE - 0.1, 10.0 * settle.CLOSE + 0.1
+    fast = {"all bfloat16, second": 5.0}
+    assert tuned(**{"all bfloat16, first": near}, **fast).winner == "all bfloat16, second"
+    assert tuned(**{"all bfloat16, first": far}, **fast).winner == "plan, first"
 
 
 def test_a_mode_that_does_not_compile_takes_nothing_from_the_winner(isolated, monkeypatch, tuned):
