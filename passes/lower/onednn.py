@@ -176,10 +176,12 @@ def matmul(gm: GraphModule, node: Node, given: Operands, tail: Tail, mode: str) 
     """Static integer matmul with what follows it: in oneDNN's op, or fused behind a template.
 
     A template gives float32 only; the cast or quantization behind it is part of its epilogue.  GELU
-    stays with oneDNN, whose erf takes a third of the time of the template's.
+    stays with oneDNN, whose erf takes a third of the time of the template's, unless it gives
+    float32, which would become a template anyway.
     """
     callee = QLINEAR if given.addend is None else f"{QLINEAR}.binary"
-    if not mode or (tail.post.name == "gelu" and tail.quantize is not None):
+    is_gelu = tail.post.name == "gelu" and value(tail.last).dtype != torch.float32
+    if not mode or is_gelu:
         return _qlinear(gm, node, given, output_of(gm, tail), tail.post), callee
     y = _qlinear(gm, node, given, FLOATS, tail.post)
     if tail.quantize is None:

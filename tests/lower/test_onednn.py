@@ -238,6 +238,15 @@ def test_a_matmul_hands_over_codes_or_floats_as_the_mode_needs(isolated, x, mode
     assert made.error() <= LIMIT
 
 
+@pytest.mark.parametrize("mode", ["", INT8])
+def test_gelu_in_front_of_bfloat16_is_in_the_kernel_in_every_mode(isolated, x, mode):
+    made = Lowered(Mlp(), x, {"up": STATIC, "down": BF16}, mode)
+    first = next(n for n in made.folded.gm.graph.nodes if "qlinear_pointwise" in name_of(n))
+    assert "gelu" in first.args
+    assert torch.bfloat16 in first.args
+    assert made.error() <= LIMIT
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("base", ["", INT8])
 def test_called_from_cpp_it_computes_the_same_and_is_refreshed(isolated, base):
