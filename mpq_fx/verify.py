@@ -15,6 +15,8 @@ from mpq_fx.passes.allocate import Solution
 
 ROUNDS = 10  # solve-and-measure rounds of a bisection
 MARGIN = 0.02  # a simpler plan has to be faster by this share to win
+LEAST_ROUNDS = 3  # of a race, however long they take
+LONG = 20.0  # ms of a call that finds little in the caches anyway
 
 
 @dataclass(frozen=True)
@@ -95,43 +97,60 @@ def _better(old: Candidate | None, new: Candidate) -> Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one variant: median and the 10th and 90th percentile."""
+    """Milliseconds of one variant: median, 10th and 90th percentile, and each call in turn."""
 
     median: float
     low: float
     high: float
+    each: tuple[float, ...]
 
 
 def race(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 60, seconds: float = 6.0
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 60, seconds: float = 10.0
 ) -> dict[str, Timing]:
-    """Time variants in turn, so that drift of the machine hits all alike; medians are compared."""
+    """Time variants in turn, so that drift of the machine hits all alike.
+
+    Before a call is timed it is made once for nothing: the caches hold the other variants' data.  A
+    call that reads more than caches hold, which takes long, is as slow the second time.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
         call()
-        call()
+    last = {name: _milliseconds(call) for name, call in variants.items()}
     end = time.monotonic() + seconds
     for done in range(rounds):
-        if done >= 3 and time.monotonic() > end:
+        if done >= LEAST_ROUNDS and time.monotonic() > end:
             break
         for name, call in variants.items():
-            call()  # caches of the other variants are cold again
-            begin = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: _timing(sorted(seen)) for name, seen in times.items()}
+            if last[name] < LONG:
+                call()
+            last[name] = _milliseconds(call)
+            times[name].append(last[name])
+    return {name: timing(seen) for name, seen in times.items()}
 
 
 def pick(timings: Mapping[str, Timing], order: Sequence[str]) -> str:
     """The fastest variant; an earlier one of `order` wins unless a later is faster by MARGIN."""
     winner = order[0]
     for name in order[1:]:
-        if timings[name].median < timings[winner].median * (1 - MARGIN):
+        if ratio(timings[name], timings[winner]) < 1 - MARGIN:
             winner = name
     return winner
 
 
-def _timing(ordered: Sequence[float]) -> Timing:
-    return Timing(
-        statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
-    )
+def ratio(one: Timing, other: Timing) -> float:
+    """median over rounds of ms(one) / ms(other): what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(one.each, other.each, strict=True))
+
+
+def timing(each: Sequence[float]) -> Timing:
+    """Calls in the order of their rounds -> Timing."""
+    ordered = sorted(each)
+    tenth = len(ordered) // 10
+    return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], tuple(each))
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpq_fx import verify
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate import Solution
-from mpq_fx.verify import MARGIN, ROUNDS, Timing, bisect, pick, race
+from mpq_fx.verify import MARGIN, ROUNDS, Timing, bisect, pick, race, timing
 
 STEPS = 200
 
@@ -91,23 +92,42 @@ def test_out_of_time_without_a_plan_that_fits_it_looks_on():
     assert 0 < found.error <= 0.1
 
 
-def timing(ms: float) -> Timing:
-    return Timing(ms, ms, ms)
+def steady(ms: float) -> Timing:
+    return timing([ms] * 3)
 
 
 def test_the_earlier_variant_wins_unless_a_later_one_is_faster_by_the_margin():
     order = ["plan", "b", "c"]
-    assert pick({"plan": timing(10), "b": timing(10), "c": timing(9.9)}, order) == "plan"
-    assert pick({"plan": timing(10), "b": timing(9), "c": timing(8.95)}, order) == "b"
-    assert pick({"plan": timing(10), "b": timing(9), "c": timing(8)}, order) == "c"
-    assert pick({"plan": timing(10), "b": timing(10 * (1 - MARGIN))}, order[:2]) == "plan"
+    assert pick({"plan": steady(10), "b": steady(10), "c": steady(9.9)}, order) == "plan"
+    assert pick({"plan": steady(10), "b": steady(9), "c": steady(8.95)}, order) == "b"
+    assert pick({"plan": steady(10), "b": steady(9), "c": steady(8)}, order) == "c"
+    assert pick({"plan": steady(10), "b": steady(10 * (1 - MARGIN))}, order[:2]) == "plan"
 
 
-def test_a_race_warms_up_and_takes_turns():
+@given(
+    slow=st.lists(st.floats(0.5, 50.0), min_size=3, max_size=9),
+    share=st.floats(0.5, 1.5).filter(lambda share: abs(share - 1 + MARGIN) > 1e-6),
+)
+def test_what_slows_a_whole_round_down_changes_nothing(slow, share):
+    """Medians of each alone would compare a slow round of one with a fast one of another."""
+    times = {"a": timing(slow), "b": timing([share * ms for ms in slow])}
+    assert pick(times, ["a", "b"]) == ("b" if share < 1 - MARGIN else "a")
+
+
+def test_one_slow_call_decides_nothing():
+    times = {"a": timing([10, 10, 10, 10, 10]), "b": timing([9, 9, 90, 9, 9])}
+    assert pick(times, ["a", "b"]) == "b"
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_race_warms_up_and_takes_turns(monkeypatch, is_long):
+    """A call so long that it finds nothing in the caches is not made twice."""
+    monkeypatch.setattr(verify, "LONG", 0.0 if is_long else 1e9)
     log = []
     found = race({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, rounds=4)
-    assert log == [*"aabb", *"aabb" * 4]
+    assert log == [*"abab", *("ab" if is_long else "aabb") * 4]
     assert all(t.low <= t.median <= t.high for t in found.values())
+    assert all(len(t.each) == 4 for t in found.values())
 
 
 def test_a_race_that_runs_out_of_time_still_has_three_rounds():

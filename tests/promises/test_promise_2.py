@@ -11,7 +11,7 @@ import mpq_fx
 from mpq_fx import passes, settle
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.lower.reference import REFERENCE
-from mpq_fx.verify import MARGIN, Timing
+from mpq_fx.verify import MARGIN, timing
 
 VARIANTS = {"plan", "inductor float", "all float", "all bfloat16", "all int8"}
 
@@ -27,7 +27,7 @@ def race(monkeypatch):
         for call in variants.values():
             call()
         ran.extend(variants)
-        return {name: Timing(times.get(name, 10.0), 0.0, 0.0) for name in variants}
+        return {name: timing([times.get(name, 10.0)]) for name in variants}
 
     monkeypatch.setattr(settle, "race", fake)
     monkeypatch.setattr(settle, "HOPELESS", float("inf"))  # the reference's latencies are bits
