@@ -11,6 +11,7 @@ from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
 from mpq_fx.facts import Table
 from mpq_fx.graph import Pass
+from mpq_fx.passes.analyze.interlayer_hessian import interlayer_hessian
 from mpq_fx.passes.analyze.sensitivity import measured_singles
 from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
 from mpq_fx.passes.canonicalize.casts import spell_casts
@@ -45,6 +46,7 @@ METRICS: Catalog[Callable[..., Table]] = Catalog(
     {
         "auto": measured_singles,
         "measured": measured_singles,
+        "interlayer_hessian": interlayer_hessian,
     },
 )
 

@@ -208,7 +208,7 @@ def output_error(
 ) -> float:
     """max over outputs of ‖y − y_ref‖ / ‖y_ref‖; `excluded` are positions of cache outputs."""
     errors = [
-        relative_rms(_as_real(y), _as_real(ref))
+        relative_rms(as_real(y), as_real(ref))
         for k, (y, ref) in enumerate(zip(outputs, reference, strict=True))
         if k not in excluded and is_measurable(ref) and ref.numel()
     ]
@@ -220,7 +220,7 @@ def is_measurable(output: Any) -> bool:
     return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
 
 
-def _as_real(x: Tensor) -> Tensor:
+def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 

@@ -8,7 +8,7 @@ mpq_fx.passes lists them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -44,24 +44,43 @@ def measured_singles(
     units = units_of(options, ties)
     kinds = kinds_of(replay, options, units)
     wanted = on_pace(kinds, begin, deadline)
-    for inputs in records:
-        now = time.monotonic()
-        if used and now + (now - begin) / used > deadline:
-            break
-        measured, powers = _one_record(replay, options, units, inputs, excluded, wanted)
-        for key, power in powers.items():
-            sums.setdefault(key, []).append(power)
+    for inputs in in_time(records, begin, deadline):
+        reference, measured = replay.run(inputs, {}), set()
+        for unit, choice, outputs in singles(replay, options, units, inputs, wanted):
+            power = output_error(outputs, reference, excluded) ** 2 / len(unit)
+            for site in unit:
+                sums.setdefault((site, choice.name), []).append(power)
+            measured.add(unit)
         used, wanted = used + 1, measured.__contains__
-    provenance = {
+    provenance = provenance_of(used, len(records), begin, options, units)
+    return table_of("measured_singles", options, kinds, sums, provenance)
+
+
+def provenance_of(
+    used: int, of: int, begin: float, options: Options, units: Sequence[Unit]
+) -> dict[str, Any]:
+    """What the singles of `used` records have cost; a suffix counts as half a forward pass."""
+    return {
         "records": used,
-        "of": len(records),
+        "of": of,
         "seconds": round(time.monotonic() - begin, 3),
         "forward_passes": used * (1 + sum(len(options[u[0]]) - 1 for u in units) / 2),
     }
-    return _table(options, kinds, sums, provenance)
 
 
-def _table(
+def in_time(
+    records: Sequence[Sequence[Any]], begin: float, deadline: float
+) -> Iterator[Sequence[Any]]:
+    """The first record, and each further one that should be done by the deadline."""
+    for used, inputs in enumerate(records):
+        now = time.monotonic()
+        if used and now + (now - begin) / used > deadline:
+            return
+        yield inputs
+
+
+def table_of(
+    metric: str,
     options: Options,
     kinds: Mapping[Unit, Kind],
     sums: Mapping[tuple[str, str], Sequence[float]],
@@ -73,7 +92,7 @@ def _table(
     floats = {(site, kept[0].name): 0.0 for site, kept in options.items()}
     guesses = estimated(options, kinds, means)
     return Table(
-        "measured_singles",
+        metric,
         "noise_power",
         {**floats, **guesses, **means},
         spread={**floats, **spread},
@@ -125,33 +144,27 @@ def units_of(options: Options, ties: Ties) -> list[Unit]:
     return list(dict.fromkeys(tied.get(site, (site,)) for site in options))
 
 
-def _one_record(
+def singles(
     replay: Replayer,
     options: Options,
     units: Sequence[Unit],
     inputs: Sequence[Any],
-    excluded: frozenset[int],
-    is_wanted: Callable[[Unit], bool],
-) -> tuple[set[Unit], dict[tuple[str, str], float]]:
-    """Units measured, and the noise power of each of their choices; one walk along the graph."""
+    is_wanted: Callable[[Unit], bool] = lambda unit: True,
+) -> Iterator[tuple[Unit, Choice, list[Any]]]:
+    """(unit, choice, outputs with this unit alone in this choice) in one walk along the graph."""
     nodes = list(replay.gm.graph.nodes)
     unit_of = {site: unit for unit in units for site in unit}
-    reference, env = replay.run(inputs, {}), replay.start(inputs)
-    found: dict[tuple[str, str], float] = {}
-    measured, left = set(), set(units)
+    env, left = replay.start(inputs), set(units)
     for at, node in enumerate(nodes):
         if node.op == "output":
-            break
+            return
         site = replay.sites.get(node.name)
         unit = unit_of.get(site.name) if site else None
         if unit is not None and unit in left:
             left.remove(unit)
             if is_wanted(unit):
-                measured.add(unit)
                 for choice in options[unit[0]][1:]:
-                    outputs = replay.finish(dict(env), nodes[at:], dict.fromkeys(unit, choice))
-                    power = output_error(outputs, reference, excluded) ** 2 / len(unit)
-                    found |= {(name, choice.name): power for name in unit}
+                    changed = dict.fromkeys(unit, choice)
+                    yield unit, choice, replay.finish(dict(env), nodes[at:], changed)
                 replay.forget(unit)
         replay.step(env, node, {})
-    return measured, found
