@@ -137,8 +137,8 @@ def dequantization(wide: Node) -> tuple[Node, ...]:
 
 def is_last_reader(node: Node, chain: Sequence[Node], total: Node) -> bool:
     """May `node` overwrite the codes that `total` reads at the end of `chain`: is every other
-    reader needed for `node` itself?  One that merely stands before it is not enough, for Inductor
-    moves nodes.
+    reader needed for `node`, and none of them `node` itself?  A reader that merely stands before it
+    is not enough, for Inductor moves nodes.
     """
     needed, pending = ancestors(node), [chain[0]]
     while pending:
@@ -151,12 +151,13 @@ def is_last_reader(node: Node, chain: Sequence[Node], total: Node) -> bool:
 
 
 def ancestors(node: Node) -> set[Node]:
+    """What `node` needs, without itself."""
     found, pending = set[Node](), [node]
     while pending:
         new = [before for before in pending.pop().all_input_nodes if before not in found]
         found.update(new)
         pending += new
-    return found | {node}
+    return found
 
 
 def may_alias(node: Node) -> bool:

@@ -204,10 +204,17 @@ def residual_tail(node: Node, mode: str) -> Tail | None:
     tail = sum_tail_of(node, SUM_POSTS)
     if tail is None or tail.addend is None:
         return None
-    # What only reads its addend is given the dtype of x by Inductor (torch 2.13), unless floating.
-    dtype = value(tail.last).dtype
-    is_known = dtype.is_floating_point or dtype == torch.uint8 or tail.addend.scale is not None
-    return tail if is_known else None
+    return tail if tail.addend.scale is not None or can_be_read(node, tail) else None
+
+
+def can_be_read(node: Node, tail: Tail) -> bool:
+    """Can a sum that leaves its addend alone take it as it is?  It reads it as if it lay in memory
+    like the result; and Inductor gives the result the dtype of x, unless floating (torch 2.13).
+    """
+    assert tail.addend is not None
+    x, dtype = value(tail.addend.x), value(tail.last).dtype
+    rows = x.movedim(1, -1) if node.target is mpq.conv.default else x
+    return rows.is_contiguous() and (dtype.is_floating_point or dtype == torch.uint8)
 
 
 def unsigned(anchor: Node, x: Node, zero: int, name: str) -> tuple[Node, int]:

@@ -88,6 +88,36 @@ def test_a_residual_that_is_read_later_is_not_overwritten(isolated, image):
     assert lowered.error() < LIMIT
 
 
+def test_a_kernel_does_not_overwrite_what_it_multiplies(isolated, image):
+    class Direct(Residual):
+        def forward(self, x):
+            x = relu(self.stem(x))
+            for _ in range(3):
+                x = relu(x + self.head(x))
+            return x + 1
+
+    model = Direct()
+    model.head = nn.Conv2d(16, 16, 1)
+    lowered = Lowered(model, image, STATIC)
+    assert sums(lowered) == []
+    assert lowered.error() < LIMIT
+
+
+def test_an_addend_in_another_layout_is_left_to_inductor(isolated):
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(16, 15), nn.Linear(15, 15)
+
+        def forward(self, x):
+            turned = x[:, :, :15].transpose(1, 2)
+            return self.last(self.layer(x) + turned.bfloat16().float())
+
+    lowered = Lowered(Turned(), torch.randn(2, 15, 16), STATIC)
+    assert sums(lowered) == []
+    assert lowered.error() < LIMIT
+
+
 def test_a_residual_in_bfloat16_is_read_by_the_kernel(isolated, image):
     lowered = Lowered(Residual(), image, {"": STATIC, "residual": BF16})
     assert sums(lowered) == ["add", "add", "add"]
