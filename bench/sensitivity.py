@@ -54,7 +54,8 @@ def compare(name: str, metrics: Sequence[str], plans: int) -> list[Score]:
         tables = {m: METRICS.named(m)(replay, options, records, **settings) for m in metrics}
         units = units_of(options, given["ties"])
         drawn = [draw(random.Random(seed), units, options) for seed in range(plans)]
-        measured = [joint(replay, records, a, given["excluded"]) for a in drawn]
+        calls = [(record, replay.run(record, {})) for record in records]
+        measured = [joint(replay, calls, a, given["excluded"]) for a in drawn]
         found.extend(score(tables[m], m, drawn, measured) for m in metrics)
         return next(iter(tables.values()))
 
@@ -80,13 +81,10 @@ def draw(
 
 
 def joint(
-    replay: Replayer, records: Sequence[Any], plan: Assignment, excluded: frozenset[int]
+    replay: Replayer, calls: Sequence[Any], plan: Assignment, excluded: frozenset[int]
 ) -> float:
-    """√ of the mean noise power over the recorded calls."""
-    errors = [
-        output_error(replay.run(record, plan), replay.run(record, {}), excluded)
-        for record in records
-    ]
+    """√ of the mean noise power over (recorded call, its float outputs)."""
+    errors = [output_error(replay.run(x, plan), reference, excluded) for x, reference in calls]
     return float(np.mean(np.square(errors)) ** 0.5)
 
 
