@@ -17,14 +17,11 @@ from torch import Tensor
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Site
 from mpq_fx.formats import Format
-from mpq_fx.numerics import fake_quantize, scale_and_zero
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
+from mpq_fx.passes.analyze.static_range import Sample, expecting, join, least_noise, take
 
 READS = ("linear", "conv")  # sites whose input is quantized; of a residual it is the result
-SAMPLE = 1 << 13  # values per call kept for the choice of a static range
-PERCENTILES = (99.9, 99.99, 99.999)
-SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Observed:
     variance: float
     channel_absmax: Tensor  # [K] (or [C] of a convolution), float32
     token_absmax: Tensor  # absmax of each token: what a per-token scale would see
-    sample: Tensor  # up to SAMPLE values per call, extremes included, float32
+    sample: Sample  # for the choice of a static range
     calls: int
 
     @property
@@ -100,7 +97,6 @@ def statistics(x: Tensor, site: Site) -> Observed:
     rows = x if site.op == "linear" else x.movedim(1, -1)
     rows = rows.reshape(-1, rows.shape[-1])
     flat = x.reshape(-1)
-    step = max(1, flat.numel() // SAMPLE)
     low, high = torch.aminmax(flat)
     return Observed(
         low.item(),
@@ -109,7 +105,7 @@ def statistics(x: Tensor, site: Site) -> Observed:
         flat.var(correction=0).item(),
         rows.abs().amax(0),
         rows.abs().amax(1),
-        torch.cat([flat[::step], low[None], high[None]]),
+        take(flat),
         1,
     )
 
@@ -127,35 +123,9 @@ def merge(parts: Sequence[Observed]) -> Observed:
         (weight * (variances + (means - mean) ** 2)).sum().item(),
         torch.stack([p.channel_absmax for p in parts]).amax(0),
         torch.cat([p.token_absmax for p in parts]),
-        torch.cat([p.sample for p in parts]),
+        join([p.sample for p in parts]),
         len(parts),
     )
-
-
-def minmax(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor]:
-    """The range of everything seen."""
-    return scale_and_zero(torch.tensor([seen.minimum, seen.maximum]), fmt)
-
-
-def percentile(ordered: Tensor, fmt: Format, percent: float) -> tuple[Tensor, Tensor]:
-    """The range that holds `percent` of the sorted values, cut equally at both ends."""
-    cut = int((1 - percent / 100) / 2 * (ordered.numel() - 1))
-    ends = torch.stack([ordered[cut], ordered[ordered.numel() - 1 - cut]])
-    return scale_and_zero(ends, fmt)
-
-
-def least_noise(seen: Observed, fmt: Format) -> tuple[Tensor, Tensor, str]:
-    """The static range with the least mean squared rounding and clipping error on the sample.
-
-    Candidates are min/max, the percentiles and shrunk min/max; ties go to the earlier.
-    """
-    best: tuple[float, Tensor, Tensor, str] | None = None
-    for name, (scale, zero) in _ranges(seen, fmt):
-        noise = (fake_quantize(seen.sample, fmt, scale, zero) - seen.sample).square().mean().item()
-        if best is None or noise < best[0]:
-            best = noise, scale, zero, name
-    assert best is not None
-    return best[1:]
 
 
 def static_scales(
@@ -164,19 +134,7 @@ def static_scales(
     """{(site, format): (scale, zero)} for every static activation format in use."""
     formats = tuple(formats)
     return {
-        (site, fmt.name): least_noise(seen, fmt)[:2]
+        (site, fmt.name): least_noise(expecting(seen.sample), fmt)
         for site, seen in observed.items()
         for fmt in formats
     }
-
-
-def _ranges(seen: Observed, fmt: Format) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    for shrink in SHRINKS:
-        low, high = seen.minimum * shrink, seen.maximum * shrink
-        yield (
-            "minmax" if shrink == 1.0 else f"minmax × {shrink}",
-            scale_and_zero(torch.tensor([low, high]), fmt),
-        )
-    ordered = seen.sample.sort().values
-    for percent in PERCENTILES:
-        yield f"percentile {percent}", percentile(ordered, fmt, percent)

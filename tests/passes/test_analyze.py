@@ -9,22 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional
 
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.numerics import fake_quantize, relative_rms, scale_and_zero
+from mpq_fx.numerics import fake_quantize
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.observe import (
-    least_noise,
-    merge,
-    minmax,
     observe,
-    percentile,
     static_scales,
     statistics,
 )
@@ -242,50 +236,6 @@ def test_the_outlier_score_is_the_loudest_channel_over_the_median():
 def test_nan_in_an_activation_names_the_site():
     with pytest.raises(CalibrationError, match="the input of a holds NaN or inf"):
         seen(torch.tensor([[1.0, float("nan")]]))
-
-
-# --- static ranges -----------------------------------------------------------------------------
-
-
-def test_minmax_covers_everything_seen():
-    found = merge([seen(torch.tensor([[-1.0, 2.0]])), seen(torch.tensor([[0.5, 3.0]]))])
-    scale, zero = minmax(found, UINT8)
-    wanted = scale_and_zero(torch.tensor([-1.0, 3.0]), UINT8)
-    assert torch.equal(scale, wanted[0])
-    assert torch.equal(zero, wanted[1])
-
-
-def test_a_percentile_cuts_equally_at_both_ends():
-    ordered = torch.arange(-500.0, 501.0)
-    scale, _ = percentile(ordered, UINT8, 90.0)
-    wanted, _ = scale_and_zero(torch.tensor([-450.0, 450.0]), UINT8)
-    assert scale.item() == pytest.approx(wanted.item(), rel=0.01)
-
-
-@given(st.floats(1.0, 200.0), st.integers(0, 1000))
-def test_no_candidate_has_less_noise_than_the_range_that_is_picked(loud, number):
-    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(number))
-    x[0, 0] = loud
-    found = seen(x)
-    scale, zero, _ = least_noise(found, UINT8)
-
-    def noise(scale, zero) -> float:
-        return relative_rms(fake_quantize(found.sample, UINT8, scale, zero), found.sample)
-
-    ordered = found.sample.sort().values
-    others = [minmax(found, UINT8)]
-    others += [percentile(ordered, UINT8, p) for p in (99.9, 99.99, 99.999)]
-    assert all(noise(scale, zero) <= noise(*other) * (1 + 1e-6) for other in others)
-
-
-def test_a_lone_outlier_is_cut_off_where_that_costs_less():
-    calls = [torch.randn(256, 64, generator=torch.Generator().manual_seed(k)) for k in range(10)]
-    quiet = least_noise(merge(list(map(seen, calls))), UINT8)[0]
-    calls[3][0, 0] = 30.0
-    found = merge(list(map(seen, calls)))
-    scale, _, name = least_noise(found, UINT8)
-    assert name != "minmax"
-    assert quiet < scale < minmax(found, UINT8)[0]
 
 
 # --- exact costs -------------------------------------------------------------------------------
