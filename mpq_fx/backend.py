@@ -11,7 +11,8 @@ from torch.fx import GraphModule
 
 from mpq_fx.compiler import compile_graph
 from mpq_fx.config import Config
-from mpq_fx.errors import ConfigError
+from mpq_fx.dynamo import passed_on
+from mpq_fx.errors import ConfigError, MpqError
 from mpq_fx.install import refuse_freed
 from mpq_fx.training import compile_training
 
@@ -28,6 +29,18 @@ def mpq(
     `options` are the fields of `mpq_fx.Config`.  A graph that needs gradients goes to Inductor
     untouched.  Raises ConfigError for an unknown option, and for any `mode`, which is Inductor's.
     """
+    try:
+        return _compile(gm, example_inputs, options, mode)
+    except MpqError as error:
+        raise passed_on(error) from error.__cause__
+
+
+def _compile(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any] | None,
+    mode: str | None,
+) -> Callable[..., Any]:
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r} is an option of Inductor", fix="leave mode out")
     config = Config.from_options(options)

@@ -1,16 +1,20 @@
 """What Dynamo knows besides the graph: the frame it compiles, breaks, skipped frames,
-recompilations.
+recompilations; and how a backend's errors pass through it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.utils import counters
+
+from mpq_fx.errors import MpqError
 
 
 def frame_root() -> torch.nn.Module | None:
@@ -55,3 +59,29 @@ def compile_apart(model: Any, **options: Any) -> Any:
     known = inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     return torch.compile(model, backend="mpq", options=options, **apart)  # type: ignore[call-overload]
+
+
+def passed_on(error: MpqError) -> MpqError:
+    """The same error, of a type of Dynamo's too: raised in a backend it reaches the user as it is.
+
+    Any other would be the cause of a BackendCompilerFailed, which `except MpqError` does not catch.
+    The traceback begins where the caller of this function, the backend, was called.
+    """
+    caller = inspect.currentframe()
+    passing = _passing(type(error))(error.what, at=error.at, fix=error.fix)
+    passing.first_useful_frame = caller.f_back if caller else None  # type: ignore[attr-defined]
+    return passing
+
+
+class _Passing(ShortenTraceback):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+@cache
+def _passing(kind: type[MpqError]) -> type[MpqError]:
+    def reduce(self: MpqError) -> Any:
+        return kind(self.what, at=self.at, fix=self.fix).__reduce__()
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind, _Passing), {**names, "__reduce__": reduce})

@@ -52,11 +52,6 @@ def is_float(compiled, model) -> bool:
         return torch.equal(compiled(batch(9)), model(batch(9)))
 
 
-def cause(caught) -> BaseException:
-    """Dynamo wraps what a backend raises while it compiles."""
-    return getattr(caught.value, "inner_exception", caught.value)
-
-
 def tune(model: nn.Module):
     config = Config(target="reference", tolerance=0.1)
     return mpq_fx.tune(model, [batch(seed) for seed in range(3)], config=config, progress=False)
