@@ -62,16 +62,19 @@ def apply(
     """model + plan -> compiled model that starts without calibration.
 
     release=True frees the float weights on the first call: no refresh and no training after that.
-    A plan with codes also fills a model on the meta device.
+    A plan with codes also fills a model on the meta device.  Raises PlanError for a plan with a
+    layer that the model has not.
     """
     from mpq_fx.codes import materialize
     from mpq_fx.dynamo import compile_apart
+    from mpq_fx.install import check_layers
     from mpq_fx.plan import load
 
     plan = plan if isinstance(plan, Plan) else load(plan)
     model = root_of(model)
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         materialize(model, plan)
+    check_layers(plan, model)
     ROOTS.add(model)
     config = replace(config or Config(), plan=plan, release=release)
     return compile_apart(model, config=config)

@@ -135,3 +135,11 @@ def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str,
 
 def record_bytes(record: Sequence[Any]) -> int:
     return sum(x.numel() * x.element_size() for x in record if isinstance(x, Tensor))
+
+
+def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
+    """A record whose plain tensors are copies, for a run that may write to its inputs."""
+    return tuple(
+        x.clone() if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) else x
+        for x in record
+    )

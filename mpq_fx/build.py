@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpq_fx.binding import Installed
+from mpq_fx.binding import Installed, fresh
 from mpq_fx.facts import Choice
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.label}, {self.mode}" if self.mode else self.label
+        return f"{self.label}, {self.mode}" if self.mode not in ("", self.label) else self.label
 
 
 def build(
@@ -93,11 +93,3 @@ def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:
     """A call of a compiled plan on a recorded call; mutated inputs are copies, and written to."""
     args = [record[k] for k in installed.live]
     return lambda: installed.run(*args, *installed.passed)
-
-
-def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
-    """A record whose plain tensors are copies, for a run that may write to its inputs."""
-    return tuple(
-        x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x
-        for x in record
-    )

@@ -21,9 +21,9 @@ from mpq_fx.config import Config
 from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
 from mpq_fx.errors import PlanError
-from mpq_fx.facts import Plan, Site
+from mpq_fx.facts import INDUCTOR, Plan, Site
 from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders, run_passes, value
-from mpq_fx.install import donor, install_plan, release
+from mpq_fx.install import FLOAT_WINS, donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
 from mpq_fx.passes import canonicalization, target_named
@@ -58,12 +58,11 @@ def compile_graph(
     """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
     target_named(config.target)  # an unknown one is refused before any work
     captured = capture(gm, example_inputs)
-    run_float = float_callable(gm, example_inputs, config)
     if captured.refusal:
         log.warning("a graph stays in float: %s", captured.refusal)
-        return Lifecycle(
-            empty_graph(gm, captured.parameters), run_float, config, reason=captured.refusal
-        )
+        run_float = float_callable(gm, example_inputs, config)
+        empty = empty_graph(gm, captured.parameters)
+        return Lifecycle(empty, run_float, config, reason=captured.refusal)
     mark_weights(captured.gm, captured.parameters.keys() - set(captured.mutated))
     raw, _ = clone(captured.gm)
     changed = run_passes(captured.gm, canonicalization())
@@ -83,6 +82,8 @@ def compile_graph(
         caches,
         tuple(changed),
     )
+    is_fallback = is_planned(graph, config)
+    run_float = gm.forward if is_fallback else float_callable(gm, example_inputs, config)
     return Lifecycle(
         graph,
         run_float,
@@ -106,7 +107,9 @@ def optimize(
     """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        measured = measure(graph, binding, config, clock)  # tables of error, latency, bytes
+        measured = measure(
+            graph, binding, config, clock, run_float
+        )  # tables of error, latency, bytes
         log.debug("measured in %s", clock.timings)
         if judge is not None:
             measured = replace(measured, tolerance=None)
@@ -114,7 +117,7 @@ def optimize(
         settled = settle(graph, measured, found, config, clock, run_float, judge)  # never worse
         plan = describe(graph, binding, measured, settled, config, clock)
     if settled.winner.installed is None:
-        binding.keep_float("no allowed plan is faster than float", plan)
+        binding.keep_float(FLOAT_WINS, plan)
     else:
         binding.install(settled.winner.installed, plan)
 
@@ -140,7 +143,7 @@ def welcome(
         log.warning("staying in float: %s", error)
         binding.keep_float(error.what)
         return
-    if config.release:
+    if config.release and binding.installed is not None:
         freed = release(binding)
         log.info("freed %.1f MB of float weights", freed / 1e6)
 
@@ -152,12 +155,19 @@ def loaded(config: Config) -> Plan | None:
     return load(str(config.plan))
 
 
+def is_planned(graph: Graph, config: Config) -> bool:
+    """Will a plan run this graph, so that float is only for sizes that it was not compiled for?"""
+    plan = loaded(config)
+    if plan is None or not graph.sites or config.on_error == "float":
+        return False
+    return all(row.mode != INDUCTOR for row in plan.ledger)
+
+
 def float_callable(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
-    """Inductor as the user would have it; eager on the reference target, which generates no code,
-    and where a plan is at hand, so that float is only the fallback."""
-    if config.plan is not None or config.target == "reference":
+    """Inductor as the user would have it; eager on the reference target: it generates no code."""
+    if config.target == "reference":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpq_fx.binding import Binding
-from mpq_fx.build import caller, fresh
+from mpq_fx.binding import Binding, fresh
+from mpq_fx.build import caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, Table
@@ -51,7 +51,6 @@ def describe(
         latency_ms={name: t.median for name, t in settled.timings.items()},
         errors=settled.errors,
         winner=winner.name,
-        mode=winner.mode,
         budgets=settled.found.budgets,
         baseline=settled.found.baseline,
         tables=tables,
@@ -108,6 +107,7 @@ def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, s
         reason=_reason(site, choice, measured),
         refusals=measured.proposal.refusals[site.name],
         kernel=settled.winner.kernels.get(site.name, "inductor"),
+        mode=settled.winner.mode,
         predicted_error=max(power, 0.0) ** 0.5,
         ms_before=ms[site.name, first],
         ms_after=ms[site.name, choice],
@@ -157,9 +157,22 @@ def _notes(
             f"the error on the calls kept for the report is {error:.3g}, above the "
             f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
         )
+    notes += _missed_latency(settled)
     if settled.winner.label != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)
+
+
+def _missed_latency(settled: Settled) -> list[str]:
+    """Layers timed alone may promise a latency that the whole, raced, does not keep."""
+    limit = settled.found.budgets.get("max_latency")
+    took = settled.timings.get(settled.winner.name)
+    if limit is None or took is None or took.median <= limit:
+        return []
+    return [
+        f"a call takes {took.median:.3g} ms, above max_latency={limit:.3g}: layers timed alone "
+        f"promised less; max_latency={0.95 * limit**2 / took.median:.2g} asks for more"
+    ]
 
 
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:

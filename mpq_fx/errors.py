@@ -52,5 +52,10 @@ class PluginError(MpqError):
     """A plug-in cannot be loaded, or two packages claim one name."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _rebuild(kind: type[MpqError], what: str, at: str, fix: str) -> MpqError:
     return kind(what, at=at, fix=fix)

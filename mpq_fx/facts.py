@@ -90,6 +90,9 @@ class Table:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # samples, passes, seconds, weights
 
 
+INDUCTOR = "inductor float"  # the user's own graph, compiled as without mpq
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the ledger: a site, what became of it, and why."""
@@ -99,8 +102,8 @@ class Row:
     reason: str = ""  # why not quantized / why this choice
     refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # choice -> reasons
     kernel: str = ""  # the callee in the final graph
+    mode: str = ""  # how the target compiled the graph of this site, or INDUCTOR
     predicted_error: float | None = None  # relative RMS at the graph's outputs, this site alone
-    measured_error: float | None = None
     ms_before: float | None = None
     ms_after: float | None = None
     weight_bytes: int = 0
@@ -132,7 +135,6 @@ class Plan:
     tolerance: float | None = None  # what was allowed, as a number
     latency_ms: Mapping[str, float] = field(default_factory=dict)  # variant -> measured median
     errors: Mapping[str, float] = field(default_factory=dict)  # variant -> measured error
-    mode: str = ""  # of the target's compiler, measured to be the fastest
     winner: str = "plan"  # the variant that was installed, and why in `notes`
     objective: str = "latency"
     budgets: Mapping[str, float] = field(default_factory=dict)  # tolerance, max_latency, … numbers

@@ -15,7 +15,7 @@ from mpq_fx.build import lower
 from mpq_fx.config import Config
 from mpq_fx.describe import fingerprint
 from mpq_fx.errors import MpqError, PlanError
-from mpq_fx.facts import Choice, Plan, Site
+from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
@@ -23,17 +23,25 @@ from mpq_fx.passes.lower.target import Target, available
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+FLOAT_WINS = "no allowed plan is faster than float"
 # Sites that every graph of a model has.  Others come and go with its shapes: looking up positions
 # of a fixed length gives a constant, which is no site.
 LASTING = ("linear", "conv")
 
 
 def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> None:
-    """Lower the plan's choices for this graph; raises PlanError where it cannot mean this model."""
+    """Lower the plan's choices for this graph, or leave it in float where that won.
+
+    Raises PlanError where the plan cannot mean this model.
+    """
     target = available(target_named(plan.target if config.target == "auto" else config.target))
     choices = {
         site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
     }
+    mode = mode_of(plan, binding.site_names.values())
+    if mode == INDUCTOR:
+        binding.keep_float(FLOAT_WINS, plan)
+        return
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         installed, _ = lower(
             graph,
@@ -41,9 +49,31 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
             binding.values(),
             choices,
             scales_of(plan, binding.site_names),
-            plan.mode,
+            mode,
         )
     binding.install(installed, plan)
+
+
+def check_layers(plan: Plan, model: torch.nn.Module) -> None:
+    """PlanError where the plan has a layer that the model has not.
+
+    Graphs check the layers that they have when they are compiled; none of them misses one.
+    """
+    paths = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    for name, facts in plan.fingerprint.get("sites", {}).items():
+        path = name.partition("#")[0]
+        is_path = "." in path or path.isdigit()  # other names are those of a graph's own values
+        if facts["op"] in LASTING and is_path and path not in paths:
+            raise PlanError(
+                f"the plan has a layer {path!r}, {type(model).__name__} has not",
+                fix="tune this model: mpq_fx.tune(model, batches)",
+            )
+
+
+def mode_of(plan: Plan, names: Iterable[str]) -> str:
+    """How the graph with sites of these names was compiled: graphs of one model may differ."""
+    wanted = set(names)
+    return next((row.mode for row in plan.ledger if row.site.name in wanted), "")
 
 
 def chosen(plan: Plan, site: Site, name: str, target: Target) -> Choice:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes
 from mpq_fx.config import Config
-from mpq_fx.errors import MpqError
+from mpq_fx.errors import MpqError, first_line
 from mpq_fx.facts import Site
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ log = logging.getLogger("mpq_fx")
 
 LIFECYCLES: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
 OBSERVING = "observing"
+INTERRUPTED = "planning was interrupted; mpq_fx.finalize(model) begins again"
 FREED = "this call needs the float weights, which apply(release=True) freed"
 PATIENCE = 8  # times calibration_calls without enough distinct ones: say so
 
@@ -63,22 +64,25 @@ class Lifecycle:
         return self._run_float(binding, args)
 
     def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
-        """Solve with what was seen.  On an error the binding stays float; on Ctrl-C it can
-        go on.
+        """Solve with what was seen.
+
+        Whatever goes wrong, the binding runs on in float, and no later call tries again by itself;
+        after Ctrl-C the calls that were seen are kept for a next time.
         """
         with binding.lock:
-            if binding.reason != OBSERVING or self._optimize is None:
+            if binding.reason not in (OBSERVING, INTERRUPTED) or self._optimize is None:
                 return
             binding.reason = "solving"
             try:
                 self._optimize(binding, self.config, judge)
-            except MpqError as error:
-                binding.keep_float(error.what)
+            except Exception as error:  # the user's mistake, or that of a compiler, or no memory
+                what = error.what if isinstance(error, MpqError) else first_line(error)
+                binding.keep_float(what)
                 if self.config.on_error == "raise":
                     raise
                 log.warning("staying in float: %s", error)
             except BaseException:
-                binding.installed, binding.reason = None, OBSERVING
+                binding.installed, binding.reason = None, INTERRUPTED
                 raise
 
     def _parameters(self, args: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpq_fx.binding import Binding
+from mpq_fx.binding import Binding, fresh
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
@@ -24,6 +24,7 @@ from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.observe import Observed, concrete, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
+from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ class Measured:
     tolerance: float | None
     yardstick: float | None  # error of the whole model in bfloat16
     tables: Mapping[str, Table]
+    float_ms: float | None  # of one call as Inductor compiles it; None where nothing is timed
     ties: tuple[tuple[str, ...], ...]
     excluded: frozenset[int]  # outputs that are caches
 
 
-def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Measured:
+def measure(
+    graph: Graph, binding: Binding, config: Config, clock: Clock, run_float: Callable[..., Any]
+) -> Measured:
     """Observe, propose and measure one binding."""
     target, values = available(target_named(config.target)), binding.values()
     check_finite(values, graph.paths)
@@ -84,6 +88,7 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         sites = concrete(replay, graph.sites, parts.choose[0])
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
+        float_ms = _float_ms(run_float, parts.choose[0]) if target.is_timed else None
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
     return Measured(
         target,
@@ -97,9 +102,15 @@ def measure(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Mea
         tolerance_of(config, yardstick),
         yardstick,
         tables,
+        float_ms,
         tied,
         graph.caches,
     )
+
+
+def _float_ms(run_float: Callable[..., Any], record: Record) -> float:
+    args = fresh(record)
+    return milliseconds(lambda: run_float(*args))
 
 
 def _error_table(metric: Callable[..., Table], calls: int, clock: Clock) -> Table:

@@ -69,35 +69,6 @@ def check_formats(choice: Choice, *, at: str = "") -> None:
             raise PlanError(error.what, at=at, fix=error.fix or "install its plug-in") from error
 
 
-def check_model(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
-    """PlanError unless the plan was made for the model with this fingerprint.
-
-    A fingerprint is {"sites": {name: {"op": …, "weight_shape": […], "dtype": …}}}.
-    """
-    planned, found = plan.fingerprint.get("sites", {}), fingerprint.get("sites", {})
-    for name in (*planned, *(n for n in found if n not in planned)):
-        if difference := _difference(name, planned.get(name), found.get(name)):
-            raise PlanError(
-                f"this plan was made for another model: {difference}",
-                at=name,
-                fix="tune this model, or load the plan that was made for it",
-            )
-
-
-def _difference(
-    name: str, planned: Mapping[str, Any] | None, found: Mapping[str, Any] | None
-) -> str:
-    if found is None:
-        return f"the plan has a site {name!r}, the model has not"
-    if planned is None:
-        return f"the model has a site {name!r}, the plan has not"
-    for key in planned:
-        was, now = encode(planned[key]), encode(found.get(key))
-        if was != now:
-            return f"{key.replace('_', ' ')} of {name!r} is {now} here, {was} in the plan"
-    return ""
-
-
 @dataclass(frozen=True)
 class Difference:
     """What is not the same in two plans; `str()` is for people, and empty for equal decisions."""
@@ -236,4 +207,4 @@ def _pretty(value: Any, indent: str = "") -> str:
     return f"{opening}\n{inner}{body}\n{indent}{closing}"
 
 
-__all__ = ["Difference", "check_formats", "check_model", "diff", "load", "parse_choice", "save"]
+__all__ = ["Difference", "check_formats", "diff", "load", "parse_choice", "save"]

@@ -26,7 +26,7 @@ from mpq_fx.report import (
     weight_bytes,
     why_float,
 )
-from mpq_fx.report_svg import Bar, Dot, agreement, columns, frontier, rows, stacked
+from mpq_fx.report_svg import Bar, Dot, columns, frontier, rows, stacked
 from mpq_fx.report_text import error, milliseconds, shape
 
 COLORS = 8  # of the style sheet: c0 … c7; floats are gray
@@ -124,8 +124,6 @@ def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
         drawn.append(_latency(ledger, kinds))
     if any(bits(row) for row in ledger):
         drawn.append(_bits(ledger, kinds))
-    if any(row.predicted_error and row.measured_error for row in ledger):
-        drawn.append(_agreement(ledger, kinds))
     return drawn
 
 
@@ -212,26 +210,6 @@ def _bits(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
         "Bits per layer",
         "Stored bits per weight, scales and padding included.",
         Markup(columns("Bits per weight, per layer", bars, "bits")),
-    )
-
-
-def _agreement(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
-    dots = [
-        Dot(
-            row.predicted_error,
-            row.measured_error,
-            kinds[row.choice],
-            f"{row.site.name}: predicted {error(row.predicted_error)}, "
-            f"measured {error(row.measured_error)}",
-        )
-        for row in ledger
-        if row.predicted_error and row.measured_error
-    ]
-    svg = agreement("Predicted against measured error per site", dots, ("predicted", "measured"))
-    return Picture(
-        "Predicted and measured error",
-        "One dot per site; on the dashed line the prediction was right.",
-        Markup(svg),
     )
 
 

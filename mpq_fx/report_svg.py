@@ -135,17 +135,6 @@ def frontier(title: str, dots: Sequence[Dot], labels: tuple[str, str], line: flo
     return _svg(title, HEIGHT, [*parts, *_circles(dots, x, y)])
 
 
-def agreement(title: str, dots: Sequence[Dot], labels: tuple[str, str]) -> str:
-    """Positive x against positive y on equal logarithmic axes, with the diagonal x = y."""
-    values = [dot.x for dot in dots] + [dot.y for dot in dots]
-    low, high = min(values) / 1.25, max(values) * 1.25
-    x = Axis(low, high, LEFT, WIDTH - RIGHT, log=True)
-    y = Axis(low, high, HEIGHT - BOTTOM, TOP, log=True)
-    parts = [*_grid_y(y, labels[1]), *_grid_x(x, labels[0])]
-    parts.append(_rule((x(low), y(low)), (x(high), y(high))))
-    return _svg(title, HEIGHT, [*parts, *_circles(dots, x, y)])
-
-
 def _circles(dots: Sequence[Dot], x: Axis, y: Axis) -> Iterator[str]:
     for dot in sorted(dots, key=lambda dot: dot.large):
         yield (

@@ -114,7 +114,6 @@ COLUMNS = (
     Column("weight", 10, 0, lambda row, *_: shape(row.site.weight_shape), wide=True),
     Column("choice", 24, 24, lambda row, *_: shorten(row.choice, 24)),
     Column("error", 6, 6, lambda row, *_: error(row.predicted_error), "right"),
-    Column("found", 6, 0, lambda row, *_: error(row.measured_error), "right", wide=True),
     Column("ms", 11, 11, lambda row, *_: _change(row), "right"),
     Column(
         "kernel",

@@ -14,7 +14,7 @@ from typing import Any
 from mpq_fx.config import Config, nearest
 from mpq_fx.encoding import parse_choice
 from mpq_fx.errors import ConfigError, InfeasibleError, PlanError
-from mpq_fx.facts import Plan, Row, SolverFacts
+from mpq_fx.facts import INDUCTOR, Plan, Row, SolverFacts
 from mpq_fx.passes.allocate.cp_sat import solve
 from mpq_fx.passes.allocate.frontier import frontier as non_dominated
 from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
@@ -175,7 +175,7 @@ def _row(plan: Plan, row: Row, assignment: Mapping[str, str]) -> Row:
         reason=row.reason if name == row.choice else "",
         kernel=row.kernel if name == row.choice else "",
         predicted_error=math.sqrt(max(error, 0.0)),
-        measured_error=None,
+        mode="" if row.mode == INDUCTOR else row.mode,
         ms_after=ms.values[unit, name] if ms else None,
         weight_bytes=int(size.values[unit, name]) if size else row.weight_bytes,
     )

@@ -83,7 +83,8 @@ def float_baseline(measured: Measured) -> dict[str, float]:
         t.numel() * t.element_size() for name, t in measured.values.items() if name not in weights
     )
     numel = sum(site.weight_numel for site in measured.sites)
-    return {**sums, "size": sums["size"] + others, "weights": float(numel)}
+    ms = sums["latency"] if measured.float_ms is None else measured.float_ms
+    return {**sums, "latency": ms, "size": sums["size"] + others, "weights": float(numel)}
 
 
 def _search(

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mpq_fx.binding import fresh
 from mpq_fx.build import Variant, build, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
-from mpq_fx.facts import Choice
+from mpq_fx.errors import first_line
+from mpq_fx.facts import INDUCTOR, Choice
 from mpq_fx.formats import format_named
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import is_feasible, value_of
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 ALL_BF16 = "all bfloat16"
 ALL_FLOAT = "all float"  # every site by the target, in the model's own dtype
-FLOAT = "inductor float"  # the user's own model, compiled as without mpq
 # Shares of the time budget after which something is not begun any more.
 SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
 HOPELESS = 1.5  # with this many times the plan's predicted latency a simpler one does not race
@@ -60,7 +61,7 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
     """
     plan, found = _meet_tolerance(graph, measured, found, config, clock)
     if not measured.target.is_timed:
-        return Settled({plan.name: plan}, {plan.name: plan.error, FLOAT: 0.0}, {}, plan, found)
+        return Settled({plan.name: plan}, {plan.name: plan.error, INDUCTOR: 0.0}, {}, plan, found)
     once = replace(measured, replay=replace(measured.replay, caches=False))
     simpler = contenders(measured)
     predicted = {name: joint_error(once, a) for name, a in simpler.items()}
@@ -74,10 +75,10 @@ def settle(  # noqa: PLR0913 -- all that was found out so far
         with clock.stage(_stage(mode)):
             _add(build(graph, measured, label, simpler[label], mode), variants, measured)
     if _is_allowed(measured, found, None, simpler[ALL_FLOAT], 0.0):
-        variants[FLOAT] = Variant(FLOAT, simpler[ALL_FLOAT], None, {}, 0.0)
+        variants[INDUCTOR] = Variant(INDUCTOR, simpler[ALL_FLOAT], None, {}, 0.0, INDUCTOR)
     winner, timings = _in_best_mode(graph, measured, config, clock, variants, run_float)
     compiled = {name: variant.error for name, variant in variants.items()}
-    return Settled(variants, {FLOAT: 0.0, **predicted, **compiled}, timings, winner, found)
+    return Settled(variants, {INDUCTOR: 0.0, **predicted, **compiled}, timings, winner, found)
 
 
 def _worth_compiling(
@@ -190,10 +191,6 @@ def _compiled(
     return found
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _raced(
     measured: Measured,
     config: Config,
@@ -211,8 +208,9 @@ def _callers(
     variants: Mapping[str, Variant], run_float: Callable[..., Any], record: Sequence[Any]
 ) -> dict[str, Callable[[], Any]]:
     """What a race calls: each variant on one recorded call."""
+    args = fresh(record)
     return {
-        name: caller(v.installed, record) if v.installed else lambda: run_float(*record)
+        name: caller(v.installed, args) if v.installed else lambda: run_float(*args)
         for name, v in variants.items()
     }
 

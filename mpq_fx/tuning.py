@@ -17,7 +17,7 @@ from mpq_fx.binding import Binding
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
-from mpq_fx.facts import Choice, Plan
+from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.measure import rerun
@@ -88,10 +88,7 @@ def merged(plans: Sequence[Plan]) -> Plan:
             error=max(first.error or 0.0, other.error or 0.0),
             latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
             baseline={k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()},
-            tables={
-                k: replace(t, values={**t.values, **other.tables[k].values})
-                for k, t in first.tables.items()
-            },
+            tables={k: _joined(t, other.tables[k]) for k, t in first.tables.items()},
             ties=(*first.ties, *other.ties),
             notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
             fingerprint={"sites": {**first.fingerprint["sites"], **other.fingerprint["sites"]}},
@@ -99,6 +96,16 @@ def merged(plans: Sequence[Plan]) -> Plan:
             points=first.points or other.points,
         )
     return first
+
+
+def _joined(table: Table, other: Table) -> Table:
+    """The numbers of two graphs, whose sites are not the same."""
+    return replace(
+        table,
+        values={**table.values, **other.values},
+        pairs={**table.pairs, **other.pairs},
+        spread={**table.spread, **other.spread},
+    )
 
 
 def _of_whole(plan: Plan, weights: float) -> Plan:

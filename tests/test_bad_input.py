@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 import mpq_fx
-from mpq_fx import compiler
+from mpq_fx import compiler, lifecycle
 from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, ConfigError, WeightError
 from mpq_fx.numerics import relative_rms
@@ -287,7 +288,9 @@ def test_a_batch_that_the_model_refuses_ends_the_tune_with_the_models_own_error(
     assert bindings_of(model) == []
 
 
-def test_ctrl_c_in_the_middle_of_a_solve_goes_back_to_observing(isolated, monkeypatch):
+def test_after_ctrl_c_the_model_runs_in_float_until_it_is_asked_to_plan_again(
+    isolated, monkeypatch
+):
     model = Net()
     compiled = compiled_of(model)
 
@@ -298,10 +301,30 @@ def test_ctrl_c_in_the_middle_of_a_solve_goes_back_to_observing(isolated, monkey
         patch.setattr(compiler, "search", interrupt)
         with pytest.raises(KeyboardInterrupt):
             call(compiled)
-        assert state(compiled) == (3, "observing")
-    with torch.inference_mode():
-        compiled(batch(3))
+    for seed in (0, 3):
+        with torch.inference_mode():
+            compiled(batch(seed))
+    assert is_float(compiled, model)
+    records, reason = state(compiled)
+    assert (records, reason) == (3, lifecycle.INTERRUPTED)
+    mpq_fx.finalize(compiled)
     assert state(compiled) == (0, "")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "float"])
+def test_a_failure_of_a_compiler_is_told_once_and_leaves_float(isolated, monkeypatch, on_error):
+    model = Net()
+    compiled = compiled_of(model, on_error=on_error)
+
+    def fail(*_):
+        raise MemoryError("out of it\nin g++")
+
+    monkeypatch.setattr(compiler, "search", fail)
+    with pytest.raises(MemoryError) if on_error == "raise" else nullcontext():
+        call(compiled)
+    call(compiled, 8)
+    assert is_float(compiled, model)
+    assert state(compiled) == (0, "out of it")
 
 
 def test_on_error_float_runs_on_and_logs_what_was_wrong(isolated, caplog):

@@ -200,7 +200,6 @@ def test_the_page_has_its_pictures_and_each_has_words(page):
         "error per site",
         "Bits per weight",
         "before and after",
-        "measured error",
         "latency against",
         "per variant",
         "per stage",

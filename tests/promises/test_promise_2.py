@@ -11,6 +11,7 @@ import mpq_fx
 from mpq_fx import passes, settle
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.lower.reference import REFERENCE
+from mpq_fx.registry import bindings_of
 from mpq_fx.verify import MARGIN, timing
 
 VARIANTS = {"plan", "inductor float", "all float", "all bfloat16", "all int8"}
@@ -108,13 +109,36 @@ def two_modes(race, monkeypatch) -> None:
     monkeypatch.setattr(passes, "TARGETS", (target,))
 
 
+def test_a_latency_that_the_race_does_not_keep_is_a_note(isolated, world, race):
+    race[0].update(dict.fromkeys(VARIANTS, 25.0))
+    config = world.config(tolerance=0.5, max_latency=20.0)
+    batches = [world.batch(k) for k in range(4)]
+    plan = mpq_fx.tune(world.Net().eval(), batches, config=config, progress=False)
+    assert any("a call takes 25 ms, above max_latency=20" in note for note in plan.notes)
+    assert plan.baseline["latency"] < 20.0, "milliseconds of a call, not of the reference's bits"
+
+
+def test_float_that_won_stays_float_when_the_plan_is_loaded(isolated, world, tuned):
+    plan = tuned(inductor_float=8.0)
+    assert {row.mode for row in plan.ledger} == {"inductor float"}
+    model = world.Net().eval()
+    compiled = mpq_fx.apply(model, plan)
+    x = world.batch(9)
+    with torch.inference_mode():
+        assert relative_rms(compiled(x), model(x)) < 1e-5
+    ((_, binding),) = bindings_of(compiled)
+    assert (binding.installed, binding.reason) == (None, "no allowed plan is faster than float")
+    solved = plan.resolve(tolerance=0.4)
+    assert {row.mode for row in solved.ledger} == {""}, "another plan has not lost that race"
+
+
 def test_what_wins_is_finished_compiled_in_the_other_modes_and_finished_there(
     isolated, two_modes, tuned, race
 ):
     """Modes are raced again with everything else; the last ones follow from what won."""
     plan = tuned(**{"plan, second": 8.0, "plan, second, finished": 7.0})
     assert plan.winner == "plan, second, finished"
-    assert plan.mode == "second, finished"
+    assert {row.mode for row in plan.ledger} == {"second, finished"}
     assert race[1].count("plan, first") == 4
     assert race[1].count("plan, first, finished") == 3
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
 
 import mpq_fx
+from mpq_fx.facts import Choice
 from mpq_fx.plan import load
 
 NET = """
@@ -69,17 +72,22 @@ def folder(tmp_path_factory):
 def test_a_second_process_starts_without_calibration_and_gives_the_same_bits(folder):
     path, _, plan = folder
     assert {c.scaling for c in plan.choices.values()} == {"static"}
+    assert second_process(path) == "same bits\n"
+
+
+def second_process(path) -> str:
+    """What a fresh process prints that applies plan.json to the weights beside it."""
     (path / "second.py").write_text(SECOND)
     done = subprocess.run(
         [sys.executable, "second.py"],
         cwd=path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "same bits\n"
+    return done.stdout
 
 
 def test_a_loaded_plan_is_the_saved_one(folder):
@@ -129,3 +137,43 @@ def test_the_plan_of_another_model_is_refused(isolated, folder, world):
     for _ in range(2):  # a second try is refused as well, not answered in float
         with torch.inference_mode(), pytest.raises(mpq_fx.MpqError, match="has no site 'query'"):
             compiled(world.batch(0))
+
+
+def test_a_plan_with_a_layer_more_than_the_model_is_refused_at_once(isolated):
+    def blocks(depth: int) -> torch.nn.Module:
+        return torch.nn.Sequential(
+            OrderedDict(
+                blocks=torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(depth)))
+            )
+        ).eval()
+
+    config = mpq_fx.Config(target="reference", tolerance=0.1)
+    batches = [torch.randn(4, 16) for _ in range(4)]
+    plan = mpq_fx.tune(blocks(3), batches, config=config, progress=False)
+    assert mpq_fx.apply(blocks(3), plan)
+    with pytest.raises(mpq_fx.MpqError, match=r"has a layer 'blocks\.2', Sequential has not"):
+        mpq_fx.apply(blocks(2), plan)
+
+
+@pytest.mark.onednn
+@pytest.mark.timeout(600)
+def test_another_process_gives_the_same_bits_on_a_cpu(isolated, tmp_path):
+    """In the mode of compilation that won here, whichever that is."""
+    names: dict = {}
+    exec(NET, names)
+    model = names["Net"]().eval()
+    config = mpq_fx.Config(target="cpu", tolerance=0.1, formats=["int8*uint8_tensor/static"])
+    plan = mpq_fx.tune(
+        model, [torch.randn(64, 32) for _ in range(5)], config=config, progress=False
+    )
+    (tmp_path / "net.py").write_text(NET)
+    choices = {site: Choice("int8", "uint8_tensor", "static") for site in plan.choices}
+    ledger = tuple(replace(row, mode="int8 templates") for row in plan.ledger)
+    plan = replace(plan, choices=choices, ledger=ledger)  # so that float cannot have won
+    plan.save(tmp_path / "plan.json")
+    x = torch.randn(64, 32)
+    with torch.inference_mode():
+        y = mpq_fx.apply(model, plan)(x)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.save((x, y), tmp_path / "call.pt")
+    assert second_process(tmp_path) == "same bits\n"
