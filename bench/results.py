@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mpq_fx.passes.lower.cpu import cpuinfo, processor
+
 FILE = Path(__file__).parents[1] / "docs" / "benchmarks" / "cpu.json"
 PACKAGES = (
     "mpq-fx",
@@ -65,7 +67,7 @@ def machine(threads: int) -> dict[str, Any]:
     import torch
 
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -131,29 +133,11 @@ def _write(results: Mapping[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def _cpu_name() -> str:
-    """The name that the kernel gives, with the family and model that tell virtual CPUs apart."""
-    facts = _cpuinfo()
-    name = facts.get("model name", platform.processor() or platform.machine())
-    numbers = [facts[k] for k in ("cpu family", "model", "stepping") if k in facts]
-    return f"{name} ({'/'.join(numbers)})" if numbers else name
-
-
 def _extensions() -> list[str]:
     """The instructions that low precision is about, as far as this CPU has them."""
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    flags = _cpuinfo().get("flags", "").split()
+    flags = cpuinfo().get("flags", "").split()
     return [name for name in wanted if name in flags]
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Facts of the first core; {} where there is no /proc."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    lines = path.read_text().split("\n\n")[0].split("\n")
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _version(name: str) -> str:

@@ -39,7 +39,6 @@ class Config:
     plan: Plan | str | Path | None = None  # use this plan, no calibration
     on_error: str = "raise"  # or "float"
     cache_dir: str | Path | None = None  # measured latencies; default: user cache
-    seed: int = 0
     release: bool = field(default=False, repr=False)  # set by apply(release=True)
 
     def __post_init__(self) -> None:
@@ -50,7 +49,6 @@ class Config:
             _check_budget(name, getattr(self, name))
         _check_number("calibration_calls", self.calibration_calls, least=3, whole=True)
         _check_number("time_budget", self.time_budget, least=0.0)
-        _check_number("seed", self.seed, least=0, whole=True)
         _check_conflicts(self)
         object.__setattr__(self, "formats", _as_rules("formats", self.formats))
         _check_names(self)

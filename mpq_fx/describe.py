@@ -59,7 +59,7 @@ def describe(
         solver=solver_facts(settled.found.candidate.solution),
         timings=dict(clock.timings),
         fingerprint=fingerprint(measured.sites, names),
-        provenance=provenance(measured, config),
+        provenance=provenance(measured),
         notes=_notes(graph, measured, settled, clock, error),
         tensors=_scales(measured, names),
     )
@@ -78,8 +78,8 @@ def fingerprint(sites: tuple[Site, ...], names: Mapping[str, str]) -> dict[str, 
     }
 
 
-def provenance(measured: Measured, config: Config) -> dict[str, Any]:
-    """Versions, device and seed; a plan is verified again where the instruction set differs."""
+def provenance(measured: Measured) -> dict[str, Any]:
+    """Versions and device: `install_plan` warns where those differ that the numbers hang on."""
     packages = {}
     for name in ("mpq-fx", "torch", "ortools"):
         try:
@@ -91,7 +91,6 @@ def provenance(measured: Measured, config: Config) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "target": dict(measured.target.facts()),
-        "seed": config.seed,
         "calls": {part: len(getattr(measured.parts, part)) for part in ("fit", "choose", "report")},
     }
 

@@ -146,7 +146,7 @@ class Plan:
     points: tuple[Mapping[str, Any], ...] = ()  # of the frontier of error and latency
     timings: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
     fingerprint: Mapping[str, Any] = field(default_factory=dict)  # of the model: sites and shapes
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, device, isa, seed
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, device, instruction set
     notes: tuple[str, ...] = ()  # what was cut short, excluded, or surprising
     tensors: Mapping[str, Any] = field(default_factory=dict)  # static scales, codes if kept
 

@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from mpq_fx.passes.lower.target import Target, available
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+log = logging.getLogger("mpq_fx")
 FLOAT_WINS = "no allowed plan is faster than float"
 # Sites that every graph of a model has.  Others come and go with its shapes: looking up positions
 # of a fixed length gives a constant, which is no site.
@@ -38,6 +40,7 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
     choices = {
         site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
     }
+    warn_of_machine(plan, target)
     mode = mode_of(plan, binding.site_names.values())
     if mode == INDUCTOR:
         binding.keep_float(FLOAT_WINS, plan)
@@ -52,6 +55,20 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
             mode,
         )
     binding.install(installed, plan)
+
+
+def warn_of_machine(plan: Plan, target: Target) -> None:
+    """What was measured on a CPU with other instructions says little here: errors may, and
+    milliseconds do differ.
+    """
+    there, here = plan.provenance.get("target", {}), target.facts()
+    differences = [f"{k} {there[k]}, here {v}" for k, v in here.items() if there.get(k, v) != v]
+    if differences:
+        log.warning(
+            "the plan was measured on another machine (%s): what it says of milliseconds does not "
+            "hold; mpq_fx.tune(model, batches) plans for this one",
+            "; ".join(differences),
+        )
 
 
 def check_layers(plan: Plan, model: torch.nn.Module) -> None:

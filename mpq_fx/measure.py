@@ -70,8 +70,7 @@ def measure(
     """Observe, propose and measure one binding."""
     target, values = available(target_named(config.target)), binding.values()
     check_finite(values, graph.paths)
-    records = [complete(graph, record, values) for record in binding.records]
-    parts = split(records)
+    parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)
     with clock.stage("observe"):
         seen = observe(replay, parts.fit)
@@ -81,14 +80,13 @@ def measure(
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    named, options = METRICS.named(config.sensitivity), proposal.options
-    metric = partial(named, replay, options, parts.choose, ties=tied, excluded=graph.caches)
-    error = _error_table(metric, len(parts.choose), clock)
+    metric = partial(METRICS.named(config.sensitivity), replay, proposal.options, parts.choose)
+    error = _error_table(partial(metric, ties=tied, excluded=graph.caches), parts, clock)
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
-        float_ms = _float_ms(run_float, parts.choose[0]) if target.is_timed else None
+        float_ms = _float_ms(target, run_float, parts.choose[0])
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
     return Measured(
         target,
@@ -108,15 +106,16 @@ def measure(
     )
 
 
-def _float_ms(run_float: Callable[..., Any], record: Record) -> float:
+def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
     args = fresh(record)
-    return milliseconds(lambda: run_float(*args))
+    return milliseconds(lambda: run_float(*args)) if target.is_timed else None
 
 
-def _error_table(metric: Callable[..., Table], calls: int, clock: Clock) -> Table:
+def _error_table(metric: Callable[..., Table], parts: Parts, clock: Clock) -> Table:
     """The metric's table; calls and sites that there was no time for are noted."""
     with clock.stage("error table"):
         error = metric(deadline=clock.deadline(ERROR_TABLE))
+    calls = len(parts.choose)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_fx.encoding import encode
+from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Plan, Row
 
 WIDTH = 120
@@ -102,9 +103,17 @@ class Report:
         return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
     def to_html(self, path: str | Path) -> Path:
-        """One self-contained page with pictures; it needs neither a network nor JavaScript."""
-        from mpq_fx.report_html import page
+        """One self-contained page with pictures; it needs neither a network nor JavaScript.
 
+        UnsupportedError without the packages of the extra `report`.
+        """
+        try:
+            from mpq_fx.report_html import page
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"an HTML page needs {error.name}, which is not installed",
+                fix="pip install 'mpq-fx[report]'",
+            ) from error
         path = Path(path)
         path.write_text(page(self), encoding="utf-8")
         return path

@@ -14,7 +14,7 @@ from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, MpqError, PlanError
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_of
-from tests.small import OPTIONS, Net, batch, call, compiled_of, is_float, state, tune
+from tests.small import OPTIONS, Net, batch, call, compiled_of, state, tune
 
 # --- plans -------------------------------------------------------------------------------------
 
@@ -58,7 +58,9 @@ def test_a_plan_for_another_model_with_on_error_float_runs_in_float(isolated, sa
     model = wider(48).eval()
     compiled = mpq_fx.apply(model, saved[0], config=Config(on_error="float"))
     with caplog.at_level(logging.WARNING, "mpq_fx"):
-        assert is_float(compiled, model)
+        (y,) = call(compiled, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(y, model(batch(0)))  # Inductor's float, not eager
     assert caplog.messages[0].startswith("staying in float: up: the plan was made for weight_shape")
     assert "up: the plan was made for weight_shape" in str(mpq_fx.explain(compiled))
 

@@ -114,6 +114,13 @@ def test_what_slows_a_whole_round_down_changes_nothing(slow, share):
     assert pick(times, ["a", "b"]) == ("b" if share < 1 - MARGIN else "a")
 
 
+def test_a_gain_within_the_spread_of_rounds_is_none():
+    times = {"a": timing([10.0] * 8), "b": timing([9, 9, 9, 9, 9, 11, 11, 11])}
+    assert pick(times, ["a", "b"]) == "a"
+    times["b"] = timing([9, 9, 9, 9, 9, 9, 9, 11])
+    assert pick(times, ["a", "b"]) == "b"
+
+
 def test_one_slow_call_decides_nothing():
     times = {"a": timing([10, 10, 10, 10, 10]), "b": timing([9, 9, 90, 9, 9])}
     assert pick(times, ["a", "b"]) == "b"

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 from mpq_fx.demo.variants import EAGER, INDUCTOR, Measurement
+from mpq_fx.passes.lower.cpu import processor
 from mpq_fx.report import Entry, Report, coverage
 
 
@@ -79,13 +80,3 @@ def machine() -> str:
         f"{processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {platform.system()}"
     )
-
-
-def processor() -> str:
-    """The model name where Linux tells it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

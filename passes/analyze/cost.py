@@ -165,7 +165,7 @@ def width(name: str) -> int:
 
 
 def cache_path(target: Target, cache_dir: str | Path | None) -> Path:
-    """One file per (target, device, versions, threads)."""
+    """One file per (target, device, versions, threads): another CPU has other milliseconds."""
     if cache_dir is None:
         from platformdirs import user_cache_dir
 

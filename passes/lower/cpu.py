@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,4 +62,26 @@ def facts() -> dict[str, Any]:
         )
         or "baseline",
         "mkldnn": torch.backends.mkldnn.is_available(),
+        "cpu": processor(),
     }
+
+
+def processor() -> str:
+    """The model name, with the family and model that tell virtual CPUs apart; where there is no
+    /proc, the architecture.
+    """
+    facts = cpuinfo()
+    name = facts.get("model name", platform.processor() or platform.machine())
+    numbers = [facts[k] for k in ("cpu family", "model", "stepping") if k in facts]
+    return f"{name} ({'/'.join(numbers)})" if numbers else name
+
+
+@cache
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core; {} elsewhere."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    lines = path.read_text().split("\n\n")[0].split("\n")
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -62,6 +62,7 @@ def gelu(node: Node) -> Post:
 POSTS: Mapping[Any, Callable[[Node], Post]] = {
     aten.relu.default: lambda node: Post("relu"),
     aten.gelu.default: gelu,
+    aten.silu.default: lambda node: Post("swish"),
     aten.hardtanh.default: clamp,
     aten.relu6.default: lambda node: Post("hardtanh", (0.0, 6.0)),
 }

@@ -303,9 +303,9 @@ def as_is(node: Node, posts: frozenset[str]) -> Tail:
     return Tail(node)
 
 
-LINEAR_POSTS = frozenset({"relu", "gelu"})
+LINEAR_POSTS = frozenset({"relu", "gelu", "swish"})
 MATMUL_POSTS = LINEAR_POSTS | {"none"}  # of a convolution that runs as a matmul
-CONV_POSTS = frozenset({"relu", "hardtanh"})
+CONV_POSTS = frozenset({"relu", "hardtanh", "swish"})
 SUM_POSTS = frozenset({"relu"})
 RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], frozenset[str]]] = {
     mpq.linear.default: (lower_linear, integer_tail, LINEAR_POSTS),

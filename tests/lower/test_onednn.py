@@ -229,12 +229,14 @@ def test_equal_layers_share_their_code_since_scales_are_arguments(isolated, x, m
 
 
 @pytest.mark.parametrize("mode", ["", INT8])
-@pytest.mark.parametrize("activation", [torch.relu, nn.functional.gelu])
+@pytest.mark.parametrize("activation", [torch.relu, nn.functional.gelu, nn.functional.silu])
 def test_a_matmul_hands_over_codes_or_floats_as_the_mode_needs(isolated, x, mode, activation):
     """GELU is cheaper inside oneDNN, which then quantizes as well, in every mode."""
     made = Lowered(Mlp(activation), x, STATIC, mode)
     first = next(n for n in made.folded.gm.graph.nodes if "qlinear_pointwise" in name_of(n))
-    assert (torch.float32 in first.args) == (bool(mode) and activation is torch.relu)
+    inside = not mode or activation is nn.functional.gelu
+    assert (torch.float32 in first.args) == (not inside)
+    assert not {"relu", "gelu", "silu"} & {name_of(node) for node in made.folded.gm.graph.nodes}
     assert made.error() <= LIMIT
 
 

@@ -135,15 +135,13 @@ def test_tune_writes_a_plan(run, tuned, nets, small, tmp_path):
         "0.5x",
         "--objective",
         "size",
-        "--seed",
-        "3",
     )
     assert done.exit_code == 0, done.output
     assert load(tmp_path / "plan.json") == small
     ((model, batches, given),) = tuned
     assert (model, batches) == ("model", ["batch"])
     assert given == {
-        "config": Config(tolerance=0.02, max_size="0.5x", objective="size", seed=3),
+        "config": Config(tolerance=0.02, max_size="0.5x", objective="size"),
         "metric": None,
         "max_drop": None,
         "progress": False,
