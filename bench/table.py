@@ -25,8 +25,9 @@ relative RMS over inputs that were not used for calibration. Weights are random,
 compare arithmetic; they are not accuracies. Each variant runs in a process of its own, and all are
 asked in turn. `mpq` has its default tolerance, the error of the whole model in bfloat16, and 120 s
 to plan; `mpq bar` may have the largest error among Inductor's variants and PT2E int8; `mpq all
-bf16` shows what is left without integers. Behind the times of mpq stands their share of the best
-Inductor variant's, measured in the same run."""
+bf16` shows what is left without integers. Behind a time stands its share of the best Inductor
+variant's, measured by turns in the same run: compare these, since milliseconds of different runs
+differ by more than many variants do."""
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -78,18 +79,26 @@ def summary(results: Mapping[str, Any]) -> str:
         cell = rows(results, model, batch)
         timed = {name: row for name, row in cell.items() if name in INDUCTOR and row.ms}
         best = min(timed, key=lambda name: timed[name].ms or 0.0, default=None)
-        first = f"{brief(timed[best])} {best.removeprefix('inductor ')}" if best else NONE
-        others = [brief(cell.get(name), shares=name.startswith("mpq")) for name in SHOWN]
+        first = f"{plainly(timed[best])} {best.removeprefix('inductor ')}" if best else NONE
+        others = [brief(cell.get(name), is_ours=name.startswith("mpq")) for name in SHOWN]
         lines.append((f"{model} ×{batch}", first, *others))
     return table(("", "best Inductor", *SHOWN), lines)
 
 
-def brief(row: Row | None, *, shares: bool = False) -> str:
-    """ "5.21 (.018)", with the share of the best Inductor variant where it is asked for."""
+def brief(row: Row | None, *, is_ours: bool) -> str:
+    """ "5.21 (.018) 0.91×": the share is of the best Inductor variant in the same run."""
     if row is None or row.ms is None:
         return NONE if row is None else "failed"
-    text = f"{milliseconds(row.ms)} ({error(row.error)})"
-    return f"{text} **{row.ratio:.2f}×**" if shares and row.ratio else text
+    if row.ratio is None:
+        return plainly(row)
+    share = f"{row.ratio:.2f}×"
+    return f"{plainly(row)} {f'**{share}**' if is_ours else share}"
+
+
+def plainly(row: Row) -> str:
+    """ "5.21 (.018)" """
+    assert row.ms is not None
+    return f"{milliseconds(row.ms)} ({error(row.error)})"
 
 
 def detail(results: Mapping[str, Any], model: str, batch: int) -> str:

@@ -107,9 +107,8 @@ def optimize(
     """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        measured = measure(
-            graph, binding, config, clock, run_float
-        )  # tables of error, latency, bytes
+        # Tables of error, latency and bytes.
+        measured = measure(graph, binding, config, clock, run_float)
         log.debug("measured in %s", clock.timings)
         if judge is not None:
             measured = replace(measured, tolerance=None)

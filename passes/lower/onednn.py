@@ -28,6 +28,7 @@ from mpq_fx.passes.lower.inductor import compile_frozen, finishing, kernels_of
 from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.pointwise import as_maps, as_rows, is_pointwise
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
+from mpq_fx.passes.lower.signal import as_image, as_signal, image_window
 from mpq_fx.passes.lower.target import Kernels, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
 
@@ -143,7 +144,7 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node
     """Integer convolution with static scales, activation and the next site's quantization in it."""
     (x, sx, zx, w, sw, zw, bias, stride, padding, dilation, groups, name, *_) = arguments(node)
     x, zero = unsigned(node, x, int(scalar(gm, zx)), name)
-    scales, window = flat(node, sw), (stride, padding, dilation, groups)
+    scales = flat(node, sw)
     if is_pointwise(node) and tail.post.name in MATMUL_POSTS:
         matrix = insert_call(node, aten.reshape.default, (w, [value(w).shape[0], -1]))
         packed = pack(node, onednn.qlinear_prepack.default, (matrix, None), value(matrix).t())
@@ -152,13 +153,15 @@ def lower_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node
         given = Operands(pixels, (scalar(gm, sx), zero), weight, owned(node, bias), addend)
         y, callee = matmul(gm, node, given, tail, mode)
         return as_maps(node, y), callee
-    shape = [hint(size) for size in value(x).shape]
+    image, w = as_image(node, x), as_image(node, w)
+    window = (*image_window(stride, padding, dilation), groups)
+    shape = [hint(size) for size in value(image).shape]
     operands = (w, scales, scalar(gm, sx), zero, *window, shape)
     packed = pack(node, onednn.qconv_prepack.default, operands, value(w))
-    args = (x, scalar(gm, sx), zero, packed, scales, flat(node, zw), owned(node, bias), *window)
+    given = (image, scalar(gm, sx), zero, packed, scales, flat(node, zw), owned(node, bias))
     tail_args = (*output_of(gm, tail), tail.post.name, [*tail.post.scalars], "")
-    y = insert_call(node, onednn.qconv_pointwise.default, (*args, *tail_args))
-    return y, "onednn.qconv_pointwise"
+    y = insert_call(node, onednn.qconv_pointwise.default, (*given, *window, *tail_args))
+    return as_signal(node, y, x), "onednn.qconv_pointwise"
 
 
 @dataclass(frozen=True)
@@ -272,16 +275,14 @@ def lower_float_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tupl
         args = (pixels, packed, owned(node, bias), *post)
         y = insert_call(node, mkldnn._linear_pointwise.default, args)
         return as_maps(node, y), "mkldnn._linear_pointwise"
-    shape = [hint(size) for size in value(x).shape]
-    packed = pack(
-        node,
-        mkldnn._reorder_convolution_weight.default,
-        (w, padding, stride, dilation, groups, shape),
-        value(w),
-    )
-    args = (x, packed, owned(node, bias), padding, stride, dilation, groups, *post)
+    image, w = as_image(node, x), as_image(node, w)
+    stride, padding, dilation = image_window(stride, padding, dilation)
+    shape = [hint(size) for size in value(image).shape]
+    operands = (w, padding, stride, dilation, groups, shape)
+    packed = pack(node, mkldnn._reorder_convolution_weight.default, operands, value(w))
+    args = (image, packed, owned(node, bias), padding, stride, dilation, groups, *post)
     y = insert_call(node, mkldnn._convolution_pointwise.default, args)
-    return y, "mkldnn._convolution_pointwise"
+    return as_signal(node, y, x), "mkldnn._convolution_pointwise"
 
 
 def integer_tail(node: Node, posts: frozenset[str]) -> Tail:

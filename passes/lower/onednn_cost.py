@@ -15,6 +15,7 @@ from mpq_fx.facts import Choice, Site
 from mpq_fx.passes.lower import weight_only
 from mpq_fx.passes.lower.inductor import ALL, INT8
 from mpq_fx.passes.lower.microbenchmark import milliseconds
+from mpq_fx.passes.lower.signal import image_window
 from mpq_fx.passes.lower.target import Planned
 
 onednn, mkldnn, aten = torch.ops.onednn, torch.ops.mkldnn, torch.ops.aten
@@ -144,15 +145,20 @@ def _pixels(site: Site, x: Tensor) -> Tensor:
 
 
 def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    layout = torch.channels_last if len(site.weight_shape) == 4 else torch.contiguous_format
     w, bias = torch.randn(site.weight_shape), torch.randn(site.weight_shape[0])
-    x, w = (t.contiguous(memory_format=layout) for t in (x, w))
+    x, w = (
+        t.unsqueeze(2) if t.dim() == 3 else t for t in (x, w)
+    )  # a signal is an image of one row
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    *window, groups = site.attributes
     make = float_conv if choice.scaling == "none" else integer_conv
-    return make(site, choice, x, w, bias)
+    return make((*image_window(*window), groups), choice, x, w, bias)
 
 
-def float_conv(site: Site, choice: Choice, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any]:
-    stride, padding, dilation, groups = site.attributes
+def float_conv(
+    window: Sequence[Any], choice: Choice, x: Tensor, w: Tensor, bias: Tensor
+) -> Callable[[], Any]:
+    stride, padding, dilation, groups = window
     x, w, bias = (t.to(getattr(torch, choice.activation)) for t in (x, w, bias))
     packed = mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, x.shape)
     args = (x, packed, bias, padding, stride, dilation, groups, "none", [], "")
@@ -160,13 +166,13 @@ def float_conv(site: Site, choice: Choice, x: Tensor, w: Tensor, bias: Tensor) -
 
 
 def integer_conv(
-    site: Site, choice: Choice, x: Tensor, w: Tensor, bias: Tensor
+    window: Sequence[Any], choice: Choice, x: Tensor, w: Tensor, bias: Tensor
 ) -> Callable[[], Any]:
     codes, scales = torch.zeros_like(x, dtype=torch.uint8), torch.ones(w.shape[0])
-    packed = onednn.qconv_prepack(w.to(torch.int8), scales, 0.1, 0, *site.attributes, x.shape)
+    packed = onednn.qconv_prepack(w.to(torch.int8), scales, 0.1, 0, *window, x.shape)
     zeros = torch.zeros(w.shape[0], dtype=torch.int32)
     weight = (packed, scales, zeros, bias)
-    args = (codes, 0.1, 0, *weight, *site.attributes, 1.0, 0, torch.float32, "none", [], "")
+    args = (codes, 0.1, 0, *weight, *window, 1.0, 0, torch.float32, "none", [], "")
     return lambda: onednn.qconv_pointwise.default(*args)
 
 

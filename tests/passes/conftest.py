@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from mpq_fx.facts import Choice, Site
+from mpq_fx.formats import format_named
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.passes.analyze.replay import Replayer, replayer
 from mpq_fx.passes.analyze.sites import find_sites
@@ -22,6 +23,7 @@ BF16 = Choice("bfloat16", "bfloat16")
 DYNAMIC = Choice("int8", "int8", "dynamic")
 STATIC = Choice("int8", "uint8_tensor", "static")
 WEIGHT_ONLY = Choice("int4", "bfloat16")
+UINT8 = format_named("uint8_tensor")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Row, Site
 from mpq_fx.report import coverage, dynamo_lines, offers, report_of, steps
 from mpq_fx.report_svg import Axis, Bar, columns
@@ -189,6 +191,17 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
     assert not parser.open
     assert not parser.links
     assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_without_the_packages_of_the_extra_the_error_says_what_to_install(
+    report, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "mpq_fx.report_html", raising=False)
+    with pytest.raises(UnsupportedError, match="needs jinja2") as caught:
+        report.to_html(tmp_path / "report.html")
+    assert caught.value.fix == "pip install 'mpq-fx[report]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_has_its_pictures_and_each_has_words(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections import OrderedDict
@@ -13,6 +14,8 @@ import torch
 
 import mpq_fx
 from mpq_fx.facts import Choice
+from mpq_fx.install import warn_of_machine
+from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.plan import load
 
 NET = """
@@ -137,6 +140,18 @@ def test_the_plan_of_another_model_is_refused(isolated, folder, world):
     for _ in range(2):  # a second try is refused as well, not answered in float
         with torch.inference_mode(), pytest.raises(mpq_fx.MpqError, match="has no site 'query'"):
             compiled(world.batch(0))
+
+
+def test_a_plan_from_another_cpu_runs_with_a_warning(isolated, folder, caplog):
+    plan = folder[2]
+    facts = {**plan.provenance, "target": {"isa": "sse2"}}
+    target = replace(REFERENCE, facts=lambda: {"isa": "avx2"})
+    assert plan.target == "reference"
+    with caplog.at_level(logging.WARNING, "mpq_fx"):
+        warn_of_machine(plan, target)
+        assert not caplog.messages, "a plan that does not say is not suspected"
+        warn_of_machine(replace(plan, provenance=facts), target)
+    assert "another machine (isa sse2, here avx2)" in caplog.messages[0]
 
 
 def test_a_plan_with_a_layer_more_than_the_model_is_refused_at_once(isolated):
