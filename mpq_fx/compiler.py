@@ -57,12 +57,12 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
     target_named(config.target)  # an unknown one is refused before any work
+    compile_float = partial(float_callable, gm, example_inputs, config)
     captured = capture(gm, example_inputs)
     if captured.refusal:
         log.warning("a graph stays in float: %s", captured.refusal)
-        run_float = float_callable(gm, example_inputs, config)
         empty = empty_graph(gm, captured.parameters)
-        return Lifecycle(empty, run_float, config, reason=captured.refusal)
+        return Lifecycle(empty, compile_float(), config, reason=captured.refusal)
     mark_weights(captured.gm, captured.parameters.keys() - set(captured.mutated))
     raw, _ = clone(captured.gm)
     changed = run_passes(captured.gm, canonicalization())
@@ -82,8 +82,8 @@ def compile_graph(
         caches,
         tuple(changed),
     )
-    is_fallback = is_planned(graph, config)
-    run_float = gm.forward if is_fallback else float_callable(gm, example_inputs, config)
+    config = loaded(config)
+    run_float = gm.forward if is_planned(graph, config) else compile_float()
     return Lifecycle(
         graph,
         run_float,
@@ -131,8 +131,8 @@ def welcome(
     root = naming_root(binding, frame)
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
-    plan = loaded(config) or donor(graph, binding, all_bindings())
-    if plan is None or binding.reason != OBSERVING:
+    plan = config.plan or donor(graph, binding, all_bindings())
+    if not isinstance(plan, Plan) or binding.reason != OBSERVING:
         return
     try:
         install_plan(graph, binding, plan, config)
@@ -147,17 +147,17 @@ def welcome(
         log.info("freed %.1f MB of float weights", freed / 1e6)
 
 
-def loaded(config: Config) -> Plan | None:
-    """The plan of a Config, read once from its file."""
+def loaded(config: Config) -> Config:
+    """The same wishes, with the plan read from its file."""
     if config.plan is None or isinstance(config.plan, Plan):
-        return config.plan
-    return load(str(config.plan))
+        return config
+    return replace(config, plan=load(str(config.plan)))
 
 
 def is_planned(graph: Graph, config: Config) -> bool:
     """Will a plan run this graph, so that float is only for sizes that it was not compiled for?"""
-    plan = loaded(config)
-    if plan is None or not graph.sites or config.on_error == "float":
+    plan = config.plan
+    if not isinstance(plan, Plan) or not graph.sites or config.on_error == "float":
         return False
     return all(row.mode != INDUCTOR for row in plan.ledger)
 

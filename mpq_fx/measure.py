@@ -107,8 +107,10 @@ def measure(
 
 
 def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
+    if not target.is_timed:
+        return None
     args = fresh(record)
-    return milliseconds(lambda: run_float(*args)) if target.is_timed else None
+    return milliseconds(lambda: run_float(*args))
 
 
 def _error_table(metric: Callable[..., Table], parts: Parts, clock: Clock) -> Table:

@@ -133,8 +133,7 @@ def static_scales(
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     """{(site, format): (scale, zero)} for every static activation format in use."""
     formats = tuple(formats)
+    samples = ((site, expecting(seen.sample)) for site, seen in observed.items())
     return {
-        (site, fmt.name): least_noise(expecting(seen.sample), fmt)
-        for site, seen in observed.items()
-        for fmt in formats
+        (site, fmt.name): least_noise(sample, fmt) for site, sample in samples for fmt in formats
     }

@@ -146,9 +146,8 @@ def _pixels(site: Site, x: Tensor) -> Tensor:
 
 def conv(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     w, bias = torch.randn(site.weight_shape), torch.randn(site.weight_shape[0])
-    x, w = (
-        t.unsqueeze(2) if t.dim() == 3 else t for t in (x, w)
-    )  # a signal is an image of one row
+    # A signal is an image of one row.
+    x, w = (t.unsqueeze(2) if t.dim() == 3 else t for t in (x, w))
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     *window, groups = site.attributes
     make = float_conv if choice.scaling == "none" else integer_conv
