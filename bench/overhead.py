@@ -4,6 +4,7 @@
 
 A chain of equal linear layers under a plan of least size, so that every weight is watched.  `bare`
 calls what was compiled, `watch` only looks at the weights, `lifecycle` is a whole call through mpq.
+`float` is a call of the model as Inductor compiles it, `observing` the same while inputs are kept.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def measure(layers: int, *, calls: int = CALLS, target: str = "auto") -> dict[st
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         options["cache_dir"] = folder
         compiled = torch.compile(chain(layers), backend="mpq", options=options)
+        observed = while_observing(compiled, calls)
         for seed in range(CALIBRATION_CALLS):
             compiled(inputs(seed))
         ((lifecycle, binding),) = bindings_of(compiled)
@@ -56,7 +58,30 @@ def measure(layers: int, *, calls: int = CALLS, target: str = "auto") -> dict[st
             },
             calls,
         )
-    return {"layers": layers, "watched": len(watched), **times}
+    return {"layers": layers, "watched": len(watched), **times, **observed}
+
+
+def while_observing(compiled: Callable[..., Any], calls: int) -> dict[str, float]:
+    """Microseconds of a call that is kept, beside one that is not; nothing is planned yet."""
+    from mpq_fx.registry import bindings_of
+
+    compiled(inputs(0))
+    ((lifecycle, binding),) = bindings_of(compiled)
+    values = binding.values()
+    arguments = [values.get(name) for name in lifecycle.graph.names]
+    at = arguments.index(None)
+    fresh = (inputs(seed) for seed in range(1, calls + 2))
+
+    def observe() -> None:
+        del binding.records[1:]  # as many as before each call: one, to compare with
+        binding.calls = 1
+        arguments[at] = next(fresh)
+        lifecycle(*arguments)
+
+    given = [inputs(0) if value is None else value for value in arguments]
+    found = in_turn({"float": lambda: lifecycle.run_float(*given), "observing": observe}, calls)
+    binding.records.clear()
+    return found
 
 
 def in_turn(functions: dict[str, Callable[[], Any]], calls: int) -> dict[str, float]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,15 @@ import mpq_fx
 from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
+from mpq_fx.passes.analyze.metric import Metric, Task
 from mpq_fx.passes.analyze.replay import Replayer, output_error
-from mpq_fx.passes.analyze.sensitivity import units_of
 from mpq_fx.plugins import add
 
 NAME = "compared"  # under which the comparison stands among the metrics
 METRIC_NAMES = ("measured", "interlayer_hessian")
 PLANS = 40
 Assignment = Mapping[str, Choice]
-_TASK: list[Callable[..., Table]] = []  # what `task` does: a metric is found by a name in a module
+_LOOKING_ON: list[Metric] = []  # what `compared` does: a metric is found by its name in a module
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,24 @@ def compare(name: str, metrics: Sequence[str], plans: int) -> list[Score]:
     """Tune the net with a metric that only looks on: it has the replay, and the recorded calls."""
     subject, found = SUBJECTS[name](), list[Score]()
 
-    def looking_on(replay: Replayer, options: Any, records: Any, **given: Any) -> Table:
-        settings = {**given, "deadline": float("inf")}
-        tables = {m: METRICS.named(m)(replay, options, records, **settings) for m in metrics}
-        units = units_of(options, given["ties"])
-        drawn = [draw(random.Random(seed), units, options) for seed in range(plans)]
-        calls = [(record, replay.run(record, {})) for record in records]
-        measured = [joint(replay, calls, a, given["excluded"]) for a in drawn]
+    def looking_on(task: Task) -> Table:
+        task = replace(task, deadline=float("inf"))
+        tables = {m: METRICS.named(m)(task) for m in metrics}
+        drawn = [draw(random.Random(seed), task.units, task.options) for seed in range(plans)]
+        calls = [(record, task.replay.run(record, {})) for record in task.records]
+        measured = [joint(task.replay, calls, a, task.excluded) for a in drawn]
         found.extend(score(tables[m], m, drawn, measured) for m in metrics)
         return next(iter(tables.values()))
 
-    _TASK.append(looking_on)
-    add("metrics", NAME, f"{__name__}:task")
+    _LOOKING_ON.append(looking_on)
+    add("metrics", NAME, f"{__name__}:compared")
     config = mpq_fx.Config(target="reference", sensitivity=NAME)
     mpq_fx.tune(subject.model, subject.calibration, config=config, progress=False)
     return found
 
 
-def task(*args: Any, **given: Any) -> Table:
-    return _TASK[-1](*args, **given)
+def compared(task: Task) -> Table:
+    return _LOOKING_ON[-1](task)
 
 
 def draw(

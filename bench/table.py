@@ -119,19 +119,25 @@ def detail(results: Mapping[str, Any], model: str, batch: int) -> str:
     return f"## {model}, batch {batch}\n\n{table(heads, lines)}"
 
 
+OVERHEAD = {  # of a chain -> head of its column
+    "watched": "watched tensors",
+    "bare": "compiled, µs",
+    "watch": "watch, µs",
+    "lifecycle": "call, µs",
+    "float": "float, µs",
+    "observing": "observed, µs",
+}
+
+
 def overhead(found: Mapping[str, Any]) -> str:
     """Cost of a call through mpq besides the compiled function."""
     if not found:
         return ""
-    lines = [
-        tuple(f"{chain[name]:.0f}" for name in ("watched", "bare", "watch", "lifecycle"))
-        for chain in found["chains"]
-    ]
-    heads = ("watched tensors", "compiled function, µs", "watch, µs", "whole call, µs")
+    lines = [tuple(f"{chain[name]:.0f}" for name in OVERHEAD) for chain in found["chains"]]
     return (
         "## Cost of a call\n\n"
         f"{found['fixed_us']:.0f} µs, and {found['per_tensor_us']:.2f} µs per watched tensor.\n\n"
-        f"{table(heads, lines)}"
+        f"{table([*OVERHEAD.values()], lines)}"
     )
 
 

@@ -15,8 +15,8 @@ from mpq_fx.errors import UnsupportedError
 SCRIPT = Path(__file__).parents[1] / "bench" / "compare.py"
 
 
-def main(model: str | None, batch: int, as_json: bool) -> None:
-    """Time one model (None: all of them) in every variant, and print rows as a table or as JSON."""
+def main(model: str | None, batch: int, variants: str | None, as_json: bool) -> None:
+    """Time one model (None: all) in every variant, or in those named; print a table or JSON."""
     if not SCRIPT.is_file():
         raise UnsupportedError(
             "the benchmarks are part of the repository, not of the installed package",
@@ -28,8 +28,9 @@ def main(model: str | None, batch: int, as_json: bool) -> None:
             fix="pip install --editable '.[bench]'",
         )
     command = [sys.executable, str(SCRIPT), "--batch", str(batch)]
-    command += ["--json"] if as_json else []
     command += [model] if model else []
+    command += ["--variants", variants] if variants else []
+    command += ["--json"] if as_json else []
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -14,12 +14,16 @@ from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.passes.lower.constants import fold_constants
-from mpq_fx.passes.lower.target import Kernels, Target
+from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
+from mpq_fx.passes.rewrite.narrow import narrow
 from mpq_fx.sizes import size_guard
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
+
+
+NARROW = "bfloat16 between sites"  # how the name of a mode begins that narrows what lies there
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,22 @@ class Variant:
     label: str  # "plan", "all bfloat16", …
     assignment: Mapping[str, str]
     installed: Installed | None
-    kernels: Kernels
+    lowered: Lowered
     error: float
-    mode: str = ""  # how it was compiled: one of the target's modes
+    mode: str = ""  # how it was compiled: one of the target's modes, perhaps behind NARROW
 
     @property
     def name(self) -> str:
         return f"{self.label}, {self.mode}" if self.mode not in ("", self.label) else self.label
+
+
+def narrowed(mode: str) -> str:
+    """A mode of the target, with bfloat16 between sites."""
+    return f"{NARROW}, {mode}".removesuffix(", ")
+
+
+def mode_of_target(mode: str) -> str:
+    return mode.removeprefix(NARROW).removeprefix(", ")
 
 
 def build(
@@ -47,14 +60,14 @@ def build(
     """Rewrite, lower, fold and compile one assignment; then measure what it really computes."""
     choices = parse(measured.proposal, assignment)
     measured.replay.forget(choices)  # room for the constants and the compiler
-    installed, kernels = lower(
+    installed, lowered = lower(
         graph, measured.target, measured.values, choices, measured.replay.scales, mode
     )
     errors = [
         output_error(caller(installed, fresh(record))(), reference, measured.excluded)
         for record, reference in zip(measured.parts.choose, measured.references, strict=True)
     ]
-    return Variant(label, assignment, installed, kernels, max(errors), mode)
+    return Variant(label, assignment, installed, lowered, max(errors), mode)
 
 
 def lower(
@@ -64,11 +77,14 @@ def lower(
     choices: Mapping[str, Choice],
     scales: Any,
     mode: str = "",
-) -> tuple[Installed, Kernels]:
+) -> tuple[Installed, Lowered]:
     """canonical graph + choices -> compiled callable over owned constants, and its callees."""
     gm, _ = clone(graph.gm)
     rewrite(gm, graph.sites, choices, scales)
-    kernels = target.lower(gm, mode)
+    if mode.startswith(NARROW):
+        narrow(gm, torch.bfloat16, {node.name for node in graph.gm.graph.nodes})
+    mode = mode_of_target(mode)
+    lowered = target.lower(gm, mode)
     folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
     with size_guard(graph.gm) as accepts:
@@ -86,7 +102,7 @@ def lower(
         folded.recipes,
         accepts,
     )
-    return installed, kernels
+    return installed, lowered
 
 
 def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:

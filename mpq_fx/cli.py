@@ -62,14 +62,27 @@ class Wish(click.ParamType):
         return value
 
 
+def _be_quiet(ctx: click.Context, param: click.Parameter, is_quiet: bool) -> None:
+    """`mpq -q tune` and `mpq tune -q` are the same."""
+    ctx.obj = bool(ctx.obj) or is_quiet
+    _log_to_stderr(ctx.obj)
+
+
+_quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_quiet,
+    help="No progress and no log, only results.",
+)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mpq-fx", prog_name="mpq")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no log, only results.")
-@click.pass_context
-def main(ctx: click.Context, quiet: bool) -> None:
+@_quiet_option
+def main() -> None:
     """Mixed precision for PyTorch models, chosen per layer from measurements."""
-    ctx.obj = quiet
-    _log_to_stderr(quiet)
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +117,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Formats allowed for the sites that match; may be given again.",
 )
 @_config_options
+@_quiet_option
 @click.pass_obj
 def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
     """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
@@ -172,14 +186,17 @@ def report(plan: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--variants", metavar="NAME,…", help="Only these, for example 'mpq,inductor bf16'.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def bench(model: str, batch: int, as_json: bool) -> None:
-    """Measure MODEL against eager PyTorch and Inductor, one process per variant."""
+def bench(model: str | None, batch: int, variants: str | None, as_json: bool) -> None:
+    """Measure MODEL, or all of them, against eager PyTorch, Inductor, PT2E int8, torchao, ONNX
+    Runtime and OpenVINO, one process per variant; what is not installed is named and left out.
+    """
     from mpq_fx.benchmark import main as run
 
-    run(model, batch, as_json)
+    run(model, batch, variants, as_json)
 
 
 @main.command()
@@ -192,6 +209,7 @@ def bench(model: str, batch: int, as_json: bool) -> None:
     help="Folder of the HTML reports.",
 )
 @click.option("--quick", is_flag=True, help="One net on the reference target, nothing timed.")
+@_quiet_option
 @click.pass_obj
 def demo(quiet: bool, output: Path, quick: bool) -> None:
     """Plan three trained nets on this machine and show what was gained; takes minutes."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+# Called with the name of each stage that begins; `tune` shows it.
+ANNOUNCE: ContextVar[Callable[[str], None]] = ContextVar("announce", default=lambda stage: None)
 
 
 class Clock:
@@ -18,6 +22,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        ANNOUNCE.get()(name)
         begin = time.monotonic()
         try:
             yield

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpq_fx.binding import Binding, fresh
-from mpq_fx.build import caller
+from mpq_fx.build import NARROW, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
+from mpq_fx.passes.analyze.activation_memory import peak
 from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.resolve import frontier, solver_facts
 from mpq_fx.settle import Settled
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FRONTIER_POINTS = 7
 FRONTIER_SECONDS = 1.0
+FLOAT = "float"  # the user's own model, among the names of variants
 
 
 def describe(
@@ -49,6 +51,7 @@ def describe(
         tolerance=measured.tolerance,
         objective=config.objective,
         latency_ms={name: t.median for name, t in settled.timings.items()},
+        activation_bytes=_activation_bytes(measured, settled),
         errors=settled.errors,
         winner=winner.name,
         budgets=settled.found.budgets,
@@ -99,14 +102,15 @@ def _row(site: Site, measured: Measured, settled: Settled, names: Mapping[str, s
     options, tables = measured.proposal.options[site.name], measured.tables
     choice, first = settled.winner.assignment[site.name], options[0].name
     power = tables["error"].values.get((site.name, choice), 0.0)
-    ms = tables["latency"].values
+    ms, lowered = tables["latency"].values, settled.winner.lowered
     return Row(
         site=_named(site, names),
         choice=choice,
         reason=_reason(site, choice, measured),
-        refusals=measured.proposal.refusals[site.name],
-        kernel=settled.winner.kernels.get(site.name, "inductor"),
+        refusals={**measured.proposal.refusals[site.name], **lowered.refusals.get(site.name, {})},
+        kernel=lowered.kernels.get(site.name, "inductor"),
         mode=settled.winner.mode,
+        activation=measured.observed[site.name].facts if site.name in measured.observed else {},
         predicted_error=max(power, 0.0) ** 0.5,
         ms_before=ms[site.name, first],
         ms_after=ms[site.name, choice],
@@ -172,6 +176,16 @@ def _missed_latency(settled: Settled) -> list[str]:
         f"a call takes {took.median:.3g} ms, above max_latency={limit:.3g}: layers timed alone "
         f"promised less; max_latency={0.95 * limit**2 / took.median:.2g} asks for more"
     ]
+
+
+def _activation_bytes(measured: Measured, settled: Settled) -> dict[str, float]:
+    """Peak bytes between the ops of one call: of the float model, and of every variant."""
+    found = {FLOAT: float(peak(measured.live, {}))}
+    for variant in settled.variants.values():
+        choices = parse(measured.proposal, variant.assignment)
+        narrow = variant.mode.startswith(NARROW)
+        found[variant.name] = float(peak(measured.live, choices, narrow=narrow))
+    return found
 
 
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:

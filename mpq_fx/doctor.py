@@ -6,19 +6,25 @@ import platform
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpq_fx.passes.lower.target import Target
 
 PACKAGES = ("mpq-fx", "torch", "triton", "ortools", "safetensors", "numpy", "torch-tensorrt")
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """A target, "" or why it cannot run here, what it knows, and op -> names of its choices."""
+    """A target, "" or why it cannot run here, what it knows, op -> choice -> reasons why not on
+    this machine (none if it can run), and the names of plug-in kernels in front of its own.
+    """
 
     name: str
     unavailable: str
     facts: dict[str, Any]
-    choices: dict[str, tuple[str, ...]]
+    choices: dict[str, dict[str, tuple[str, ...]]]
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,40 @@ def _print_target(console: Any, target: TargetFacts) -> None:
     console.print(f"{target.name}  {state}", style="dim" if target.unavailable else "")
     for name, value in target.facts.items():
         console.print(f"    {name}: {_words(value)}")
-    for op, names in target.choices.items():
-        console.print(f"    {op}: {', '.join(names)}")
+    for op, offered in target.choices.items():
+        console.print(f"    {op}: {', '.join(n for n, reasons in offered.items() if not reasons)}")
+    refused = dict.fromkeys(item for offered in target.choices.values() for item in offered.items())
+    for name, reasons in refused:
+        if reasons:
+            console.print(f"    not {name}: {'; '.join(reasons)}", style="dim")
+    if target.kernels:
+        console.print(f"    kernels of plug-ins, tried first: {', '.join(target.kernels)}")
     console.print()
 
 
 def _targets() -> tuple[TargetFacts, ...]:
     from mpq_fx.passes import targets
+    from mpq_fx.plugins import load
 
+    kernels = load("kernels")
     return tuple(
         TargetFacts(
             t.name,
             t.unavailable(),
             dict(t.facts()) if not t.unavailable() else {},
-            {op: tuple(c.name for c in offered) for op, offered in t.choices.items()},
+            {op: _examined(t, op) for op in t.choices} if not t.unavailable() else {},
+            tuple(name for name, kernel in kernels.items() if kernel.target == t.name),
         )
         for t in targets().values()
     )
+
+
+def _examined(target: Target, op: str) -> dict[str, tuple[str, ...]]:
+    """Each choice of an op, and what speaks against it here at one row, where most is offered."""
+    from mpq_fx.facts import Site
+
+    site = Site(op, op, op, input_shape=(1, 256), weight_shape=(256, 256), macs=256 * 256)
+    return {c.name: tuple(target.refuse(site, c)) for c in target.choices[op]}
 
 
 def _machine() -> dict[str, str]:

@@ -103,6 +103,7 @@ class Row:
     refusals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # choice -> reasons
     kernel: str = ""  # the callee in the final graph
     mode: str = ""  # how the target compiled the graph of this site, or INDUCTOR
+    activation: Mapping[str, float] = field(default_factory=dict)  # what it reads, in calibration
     predicted_error: float | None = None  # relative RMS at the graph's outputs, this site alone
     ms_before: float | None = None
     ms_after: float | None = None
@@ -135,6 +136,7 @@ class Plan:
     tolerance: float | None = None  # what was allowed, as a number
     latency_ms: Mapping[str, float] = field(default_factory=dict)  # variant -> measured median
     errors: Mapping[str, float] = field(default_factory=dict)  # variant -> measured error
+    activation_bytes: Mapping[str, float] = field(default_factory=dict)  # variant -> peak of a call
     winner: str = "plan"  # the variant that was installed, and why in `notes`
     objective: str = "latency"
     budgets: Mapping[str, float] = field(default_factory=dict)  # tolerance, max_latency, … numbers

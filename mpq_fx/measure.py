@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,10 @@ from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
+from mpq_fx.passes.analyze.activation_memory import Live, live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
+from mpq_fx.passes.analyze.metric import Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, concrete, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
@@ -62,6 +63,7 @@ class Measured:
     float_ms: float | None  # of one call as Inductor compiles it; None where nothing is timed
     ties: tuple[tuple[str, ...], ...]
     excluded: frozenset[int]  # outputs that are caches
+    live: tuple[Live, ...]  # values between ops: what is in memory at once
 
 
 def measure(
@@ -80,30 +82,18 @@ def measure(
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    metric = partial(METRICS.named(config.sensitivity), replay, proposal.options, parts.choose)
-    error = _error_table(partial(metric, ties=tied, excluded=graph.caches), parts, clock)
+    task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
+    error = _error_table(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
         sites = concrete(replay, graph.sites, parts.choose[0])
+        live = live_sets(replay, parts.choose[0])
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
         float_ms = _float_ms(target, run_float, parts.choose[0])
     tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
-    return Measured(
-        target,
-        sites,
-        values,
-        parts,
-        replay,
-        proposal,
-        seen,
-        references,
-        tolerance_of(config, yardstick),
-        yardstick,
-        tables,
-        float_ms,
-        tied,
-        graph.caches,
-    )
+    found = (target, sites, values, parts, replay, proposal, seen, references)
+    errors = (tolerance_of(config, yardstick), yardstick)
+    return Measured(*found, *errors, tables, float_ms, tied, graph.caches, live)
 
 
 def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
@@ -113,11 +103,11 @@ def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> 
     return milliseconds(lambda: run_float(*args))
 
 
-def _error_table(metric: Callable[..., Table], parts: Parts, clock: Clock) -> Table:
+def _error_table(metric: Metric, task: Task, clock: Clock) -> Table:
     """The metric's table; calls and sites that there was no time for are noted."""
     with clock.stage("error table"):
-        error = metric(deadline=clock.deadline(ERROR_TABLE))
-    calls = len(parts.choose)
+        error = metric(replace(task, deadline=clock.deadline(ERROR_TABLE)))
+    calls = len(task.records)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):

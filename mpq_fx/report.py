@@ -252,6 +252,12 @@ def weight_bytes(plan: Plan) -> tuple[int, int]:
     return sum(s.bytes_before for s in shares), sum(s.bytes_after for s in shares)
 
 
+def activation_bytes(plan: Plan) -> tuple[float, float] | None:
+    """Peak bytes between the ops of a call: of the float model, and of what runs."""
+    found = plan.activation_bytes
+    return (found["float"], found[plan.winner]) if plan.winner in found else None
+
+
 def megabytes(count: float) -> str:
     """ "85.1 MB", "3 kB" """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

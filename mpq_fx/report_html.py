@@ -15,6 +15,7 @@ from mpq_fx.facts import Plan, Row
 from mpq_fx.report import (
     Entry,
     Report,
+    activation_bytes,
     bits,
     coverage,
     dynamo_lines,
@@ -81,6 +82,7 @@ def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
         "speedup": speedup(plan),
         "moved": sum(row.choice != row.site.dtype for row in plan.ledger),
         "bytes": (before, after),
+        "activations": activation_bytes(plan),
         "race": _race(plan),
         "pictures": _pictures(plan, kinds),
         "offers": [(step, json.dumps(dict(step.options))) for step in offers(plan)],

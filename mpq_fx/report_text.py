@@ -146,14 +146,16 @@ def _race(plan: Plan) -> Iterator[RenderableType]:
     if not names:
         return
     table = _table()
-    for column in ("variant", "ms", "error", ""):
-        table.add_column(column, justify="right" if column in ("ms", "error") else "left")
+    for column in ("variant", "ms", "error", "activations"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    table.add_column()
     for name in names:
         ms = plan.latency_ms.get(name)
         table.add_row(
             name,
             "-" if ms is None else f"{ms:.3g}",
             error(plan.errors.get(name)),
+            megabytes(held) if (held := plan.activation_bytes.get(name)) else "-",
             _verdict(plan, name),
             style="bold" if name == plan.winner else "",
         )

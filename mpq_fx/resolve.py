@@ -138,6 +138,7 @@ def _resolved(plan: Plan, config: Config, budgets: Mapping[str, float], solution
         tolerance=budgets.get("tolerance"),
         latency_ms={},
         errors={},
+        activation_bytes={},
         winner="plan",
         objective=config.objective,
         budgets=dict(budgets),

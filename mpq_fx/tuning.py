@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mpq_fx.binding import Binding
+from mpq_fx.clock import ANNOUNCE
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
@@ -47,7 +48,7 @@ def tune_model(
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
-        Progress(transient=True, disable=not progress) as bar,
+        _progress(progress) as bar,
         torch.inference_mode(),
     ):
         for batch in bar.track(batches, description="observing"):
@@ -56,7 +57,7 @@ def tune_model(
         if standard:
             standard.reach()
         found = _own(model, observing)
-        for lifecycle, binding in bar.track(found, description="solving"):
+        for lifecycle, binding in _announced(bar, found):
             if not _is_covered(binding, found):
                 lifecycle.finalize(binding, standard.judge(binding) if standard else None)
         if standard:
@@ -69,6 +70,29 @@ def tune_model(
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
         return merged(plans)
+
+
+def _progress(is_shown: bool) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, disable=not is_shown)
+
+
+def _announced(
+    bar: Progress, found: Sequence[tuple[Lifecycle, Binding]]
+) -> Iterator[tuple[Lifecycle, Binding]]:
+    """One graph after the other; meanwhile the bar tells which stage it is at."""
+    task = bar.add_task("planning", total=len(found))
+
+    def say(stage: str) -> None:
+        bar.update(task, description=f"planning: {stage}")
+
+    token = ANNOUNCE.set(say)
+    try:
+        for each in found:
+            yield each
+            bar.advance(task)
+    finally:
+        ANNOUNCE.reset(token)
 
 
 def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
@@ -88,6 +112,7 @@ def merged(plans: Sequence[Plan]) -> Plan:
             error=max(first.error or 0.0, other.error or 0.0),
             latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
             baseline={k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()},
+            activation_bytes=_larger(first.activation_bytes, other.activation_bytes),
             tables={k: _joined(t, other.tables[k]) for k, t in first.tables.items()},
             ties=(*first.ties, *other.ties),
             notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
@@ -96,6 +121,11 @@ def merged(plans: Sequence[Plan]) -> Plan:
             points=first.points or other.points,
         )
     return first
+
+
+def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Graphs run one after the other: the larger peak is the model's."""
+    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
 
 
 def _joined(table: Table, other: Table) -> Table:

@@ -5,14 +5,14 @@ What plug-ins add is looked up when it is needed (mpq_fx.plugins), never when th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
-from mpq_fx.facts import Table
 from mpq_fx.graph import Pass
 from mpq_fx.passes.analyze.interlayer_hessian import interlayer_hessian
-from mpq_fx.passes.analyze.sensitivity import measured_singles
+from mpq_fx.passes.analyze.measured_singles import measured_singles
+from mpq_fx.passes.analyze.metric import Metric
 from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
 from mpq_fx.passes.canonicalize.casts import spell_casts
 from mpq_fx.passes.canonicalize.convolution import spell_convolutions
@@ -41,7 +41,7 @@ CANONICALIZE: tuple[Pass, ...] = (
     fold_batch_norm,  # last: it needs one spelling of what it folds, and of what it folds into
 )
 
-METRICS: Catalog[Callable[..., Table]] = Catalog(
+METRICS: Catalog[Metric] = Catalog(
     "metrics",
     {
         "auto": measured_singles,

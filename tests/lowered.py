@@ -50,7 +50,7 @@ class Lowered:
         self.reference, _ = clone(gm)
         rewrite(self.reference, self.sites, choices, scales)
         self.lowered, _ = clone(self.reference)
-        self.kernels = ONEDNN.lower(self.lowered, mode)
+        self.kernels = ONEDNN.lower(self.lowered, mode).kernels
         with torch.no_grad():
             self.folded = fold_constants(self.lowered, self.parameters)
 

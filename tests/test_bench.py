@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_fx import benchmark
-from mpq_fx.errors import UnsupportedError
-
 BENCH = Path(__file__).parents[1] / "bench"
 NAMES = sorted(path.stem for path in BENCH.glob("*.py"))
 TRIVIAL = """
@@ -253,7 +250,17 @@ RESULTS = {
         },
     },
     "overhead": {
-        "chains": [{"layers": 4, "watched": 8, "bare": 20.4, "watch": 3.1, "lifecycle": 27.2}],
+        "chains": [
+            {
+                "layers": 4,
+                "watched": 8,
+                "bare": 20.4,
+                "watch": 3.1,
+                "lifecycle": 27.2,
+                "float": 30.1,
+                "observing": 41.9,
+            }
+        ],
         "fixed_us": 4.2,
         "per_tensor_us": 0.314,
     },
@@ -301,9 +308,9 @@ REST = """\
 
 4 µs, and 0.31 µs per watched tensor.
 
-| watched tensors | compiled function, µs | watch, µs | whole call, µs |
-|---:|---:|---:|---:|
-| 8 | 20 | 3 | 27 |
+| watched tensors | compiled, µs | watch, µs | call, µs | float, µs | observed, µs |
+|---:|---:|---:|---:|---:|---:|
+| 8 | 20 | 3 | 27 | 30 | 42 |
 
 ## Tuning
 
@@ -352,37 +359,7 @@ def test_overhead_is_measured_on_an_installed_plan(bench, isolated):
     found = bench("overhead").measure(3, calls=3, target="reference")
     assert found["layers"] == 3
     assert found["watched"] >= 3
-    assert min(found[name] for name in ("bare", "watch", "lifecycle")) > 0
-
-
-def test_mpq_bench_hands_its_options_to_the_script(monkeypatch):
-    commands = []
-
-    def run(command, check):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
-    benchmark.main("bert-base", 8, True)
-    benchmark.main(None, 1, False)
-    script = [sys.executable, str(BENCH / "compare.py")]
-    assert commands == [
-        [*script, "--batch", "8", "--json", "bert-base"],
-        [*script, "--batch", "1"],
-    ]
-
-
-def test_mpq_bench_without_a_checkout_says_where_to_find_the_benchmarks(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "SCRIPT", tmp_path / "compare.py")
-    with pytest.raises(UnsupportedError, match="part of the repository") as caught:
-        benchmark.main("bert-base", 1, False)
-    assert "make bench" in caught.value.fix
-
-
-def test_a_failure_of_the_script_is_the_exit_code():
-    with pytest.raises(SystemExit) as caught:
-        benchmark.main("no-such-model", 1, True)
-    assert caught.value.code == 2
+    assert min(found[name] for name in ("bare", "watch", "lifecycle", "float", "observing")) > 0
 
 
 def test_json_holds_times_shares_and_reasons(bench):

@@ -109,7 +109,7 @@ def test_importing_the_package_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("extra", [None, "report", "test"])
+@pytest.mark.parametrize("extra", [None, "report", "onnx", "bench", "test"])
 def test_the_tested_set_pins_every_direct_dependency(extra):
     pinned = constraints()
     for name, requirement in requirements(extra).items():

@@ -11,6 +11,7 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx import plugins
+from mpq_fx.doctor import examine
 from mpq_fx.errors import ConfigError, PluginError
 from mpq_fx.formats import FORMATS, format_named
 from mpq_fx.passes import (
@@ -138,7 +139,7 @@ def test_solvers_and_targets_are_merged(install):
 
 def test_a_plug_in_can_be_tried_without_a_package(install):
     install("tiny_metric", "def fisher(): ...", metrics="fisher = tiny_metric:fisher")
-    plugins.add("metrics", "tried", "mpq_fx.passes.analyze.sensitivity:measured_singles")
+    plugins.add("metrics", "tried", "mpq_fx.passes.analyze.measured_singles:measured_singles")
     assert METRICS["tried"] is METRICS["auto"]
     plugins.add("metrics", "fisher", "tiny_metric:fisher")
     with pytest.raises(PluginError, match="this process and tiny_metric both name 'fisher'"):
@@ -216,6 +217,9 @@ def test_a_kernel_takes_what_it_does_not_refuse(install, isolated):
             assert torch.allclose(compiled(x), model(x))
     report = mpq_fx.explain(compiled)
     assert [row.site.name for row in report.rows if row.kernel == "tiny"] == ["0"]
+    refused = {row.site.name: row.refusals.get("tiny") for row in report.rows}
+    assert refused == {"0": None, "2": ("only 32 outputs",)}, "the ledger says why not the other"
+    assert "tiny" in str(examine())
     calls = sys.modules["tiny_kernel"].CALLS
     assert calls, "the callee in the final graph runs"
     assert set(calls) == {(4, 16)}

@@ -76,6 +76,19 @@ def test_a_batch_may_be_a_tensor_a_tuple_or_a_dict(isolated, model, plan, pack):
         assert found.error == plan.error
 
 
+def test_the_bar_tells_the_stage_that_planning_is_at(isolated, model, monkeypatch):
+    told = []
+    update = tuning.Progress.update
+    monkeypatch.setattr(
+        tuning.Progress, "update", lambda bar, *a, **k: told.append(k) or update(bar, *a, **k)
+    )
+    mpq_fx.tune(model, BATCHES, config=config(), progress=True)
+    stages = [each["description"] for each in told if "description" in each]
+    assert stages[0] == "planning: observe"
+    assert "planning: error table" in stages
+    assert "planning: solve and verify" in stages
+
+
 def test_two_tunes_give_the_same_plan(isolated, model, plan):
     again = tune(model)
     timeless = {"timings": {}, "solver": None, "tables": {}, "tensors": {}}

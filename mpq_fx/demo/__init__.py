@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from mpq_fx.demo.variants import Measurement
 
 OUTPUT = Path("mpq-demo")
 TOLERANCES: tuple[str | float, ...] = ("bf16", 0.02, 0.05)  # "bf16" is the default
@@ -47,7 +52,16 @@ def _show(name: str, console: Console, *, progress: bool, output: Path, quick: b
             say=lambda text: say(f"{name}: {text}"),
         )
     console.print(table(subject.title, found))
+    _print_plan(found, console)
     console.print(f"reports: {', '.join(map(str, written(name, found, output)))}\n", markup=False)
+
+
+def _print_plan(found: Sequence[Measurement], console: Console) -> None:
+    """Every site of the plan at the default tolerance; the others are in the pages."""
+    from mpq_fx.report_text import rendered
+
+    report = next(m.report for m in found if m.report is not None)
+    console.print(rendered(replace(report, dynamo={}), console.width))
 
 
 def _tolerances(quick: bool) -> Sequence[str | float]:

@@ -1,10 +1,9 @@
-"""One trained net -> the ways to run it: eager, Inductor's four, and mpq at some tolerances."""
+"""One trained net -> the ways to run it: eager, Inductor's six, and mpq at some tolerances."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +23,12 @@ EAGER = "eager float32"
 INDUCTOR = "inductor"  # how the names of its variants begin
 BUDGET = 30.0  # seconds for each plan: half of the default, since the nets are small
 ROUNDS = 200  # timed calls of each variant, as far as the seconds allow
+# What follows the dtype in the name of a variant -> Inductor's settings; frozen: constant weights.
+MODES: dict[str, dict[str, Any]] = {
+    "": {"freezing": False},
+    ", frozen": {"freezing": True},
+    ", max-autotune": {"freezing": True, "max_autotune": True},
+}
 Run = Callable[..., Tensor]
 
 
@@ -62,9 +67,9 @@ def measure(
     is_timed = target != "reference"
     variants = [Variant(EAGER, subject.model)]
     for dtype in (torch.float32, torch.bfloat16) if is_timed else ():
-        for is_frozen in (False, True):
-            say(f"compiling {INDUCTOR} {name_of(dtype)}{', frozen' if is_frozen else ''}")
-            variants.append(inductor(subject, dtype, is_frozen=is_frozen))
+        for mode in MODES:
+            say(f"compiling {INDUCTOR} {name_of(dtype)}{mode}")
+            variants.append(inductor(subject, dtype, mode))
     for tolerance in tolerances:
         say(f"planning at tolerance {tolerance}")
         config = Config(tolerance=tolerance, target=target, time_budget=BUDGET)
@@ -73,22 +78,17 @@ def measure(
     return judged(subject, variants, seconds if is_timed else 0.0)
 
 
-def inductor(subject: Subject, dtype: torch.dtype, *, is_frozen: bool) -> Variant:
-    """torch.compile as a user would have it; frozen: with weights as constants."""
-    model = copy.deepcopy(subject.model).to(dtype)
-    # Equal options would share code with the other variant.  As an option alone, freezing is too
-    # late for the part of Inductor that reads it while it compiles.
-    options: dict[str, Any] = {"freezing": is_frozen}
-    compiled = torch.compile(model, fullgraph=True, options=options)
-    setting: AbstractContextManager[None] = nullcontext()
-    if is_frozen:
-        import torch._inductor.config as settings
+def inductor(subject: Subject, dtype: torch.dtype, mode: str) -> Variant:
+    """torch.compile as a user would have it, in one of MODES."""
+    import torch._inductor.config as settings
 
-        setting = settings.patch(freezing=True)
-    with setting, torch.inference_mode():
+    model = copy.deepcopy(subject.model).to(dtype)
+    # Equal options would share code with another variant.  As an option alone, freezing is too
+    # late for the part of Inductor that reads it while it compiles.
+    compiled = torch.compile(model, fullgraph=True, options=MODES[mode])
+    with settings.patch(MODES[mode]), torch.inference_mode():
         compiled(*cast(subject.measured[0], dtype))
-    frozen = ", frozen" if is_frozen else ""
-    return Variant(f"{INDUCTOR} {name_of(dtype)}{frozen}", compiled, dtype)
+    return Variant(f"{INDUCTOR} {name_of(dtype)}{mode}", compiled, dtype)
 
 
 def quantized(subject: Subject, config: Config) -> Variant:

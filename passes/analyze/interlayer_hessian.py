@@ -11,8 +11,7 @@ the terms are those of its sentence, not of its equation.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -20,64 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Table
-from mpq_fx.passes.analyze.replay import Replayer, as_real, is_measurable
-from mpq_fx.passes.analyze.sensitivity import (
-    Options,
-    Ties,
-    Unit,
-    in_time,
-    kinds_of,
-    on_pace,
-    provenance_of,
-    singles,
-    table_of,
-    units_of,
-)
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Task, Unit, averaged, singles
+from mpq_fx.passes.analyze.replay import as_real, is_measurable
 
 WIDTH = 2**14  # numbers kept of a difference; inner products are off by ‖a‖ ‖b‖ / 128 or less
 SIGNIFICANT = 3.0  # standard deviations of the cosine of unrelated noise
 
-Key = tuple[str, str]
 Pair = tuple[str, str, str, str]
 
 
-def interlayer_hessian(
-    replay: Replayer,
-    options: Options,
-    records: Sequence[Sequence[Any]],
-    *,
-    ties: Ties = (),
-    excluded: frozenset[int] = frozenset(),
-    deadline: float = float("inf"),
-) -> Table:
+def interlayer_hessian(task: Task) -> Table:
     """Noise powers of singles, and for each two of them twice the inner product of their errors.
 
     Costs what the singles cost.  With several outputs their relative errors are stacked, so that a
     noise power sums over outputs where `measured_singles` takes the largest.  A tie is one unit:
     its pairs stand at its first site.  A cosine that unrelated noise would have too is left out.
     """
-    begin, used = time.monotonic(), 0
-    units = units_of(options, ties)
-    kinds = kinds_of(replay, options, units)
-    wanted = on_pace(kinds, begin, deadline)
-    sums: dict[Key, list[float]] = {}
-    gram, keys, numbers = torch.zeros(0, 0), list[tuple[Unit, str]](), 0
-    for inputs in in_time(records, begin, deadline):
-        reference, rows = replay.run(inputs, {}), dict[tuple[Unit, str], Tensor]()
-        for unit, choice, outputs in singles(replay, options, units, inputs, wanted):
-            error = relative_difference(outputs, reference, excluded)
-            rows[unit, choice.name] = sketch(error)
-            power, numbers = float(error.square().sum()) / len(unit), error.numel()
-            for site in unit:
-                sums.setdefault((site, choice.name), []).append(power)
-        products = gram_of([*rows.values()])
-        gram, keys, used = products if not used else gram + products, [*rows], used + 1
-        wanted = {unit for unit, _ in keys}.__contains__
-    pairs = pairs_of(gram / max(1, used), [(u[0], c) for u, c in keys], numbers)
-    provenance = provenance_of(used, len(records), begin, options, units)
-    table = table_of("interlayer_hessian", options, kinds, sums, provenance)
-    return replace(table, pairs=pairs)
+    grams, keys, numbers = list[Tensor](), list[Key](), 0
+
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+        nonlocal keys, numbers
+        reference, rows = task.replay.run(record, {}), dict[Key, Tensor]()
+        for unit, choice, outputs in singles(task, record, is_wanted):
+            error = relative_difference(outputs, reference, task.excluded)
+            rows[unit[0], choice.name], numbers = sketch(error), error.numel()
+            yield unit, choice, float(error.square().sum())
+        grams.append(gram_of([*rows.values()]))
+        keys = [*rows]
+
+    table = averaged("interlayer_hessian", task, each, forward_passes=task.suffixes)
+    return replace(table, pairs=pairs_of(torch.stack(grams).mean(0), keys, numbers))
 
 
 def relative_difference(

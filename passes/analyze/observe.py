@@ -38,17 +38,24 @@ class Observed:
     calls: int
 
     @property
-    def outlier_score(self) -> float:
-        """max_k absmax_k / median_k absmax_k: how far the loudest channel stands out."""
-        typical = self.channel_absmax.median().item()
-        return self.channel_absmax.max().item() / typical if typical > 0 else float("inf")
+    def facts(self) -> dict[str, float]:
+        """What the ledger tells of it: extremes, moments, and how far the loudest channel and the
+        loudest token stand out.
+        """
+        return {
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "mean": self.mean,
+            "standard_deviation": self.variance**0.5,
+            "outlier_score": outlier_score(self.channel_absmax),
+            "token_outlier_score": outlier_score(self.token_absmax),
+        }
 
-    @property
-    def outlier_channels(self) -> Tensor:
-        """Channels above six times the median range, loudest first."""
-        ratio = self.channel_absmax / self.channel_absmax.median().clamp_min(1e-30)
-        loud = (ratio > 6).nonzero().flatten()
-        return loud[ratio[loud].argsort(descending=True)]
+
+def outlier_score(absmax: Tensor) -> float:
+    """max absmax / median absmax, of channels or of tokens: 1 where all are alike."""
+    typical, most = absmax.median().item(), absmax.max().item()
+    return most / typical if typical > 0 else float("inf") if most > 0 else 1.0
 
 
 def observe(replay: Replayer, records: Sequence[Sequence[Any]]) -> dict[str, Observed]:

@@ -1,21 +1,18 @@
 """node of one op  ->  another callee, in front of what a target does with that op itself
 
 A plug-in kernel is a Kernel behind an entry point of the group mpq_fx.kernels.  It says why it does
-not take a node; then the target's own callee does.
+not take a node, which the ledger tells; then the target's own callee does.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from mpq_fx.graph import SITE, remove_dead, where
-from mpq_fx.passes.lower.target import Kernels, Target
-
-log = logging.getLogger("mpq_fx")
+from mpq_fx.graph import SITE, remove_dead
+from mpq_fx.passes.lower.target import Lowered, Target
 
 
 @dataclass(frozen=True)
@@ -34,22 +31,25 @@ def with_kernels(target: Target, kernels: Mapping[str, Kernel]) -> Target:
     if not mine:
         return target
 
-    def lower(gm: GraphModule, mode: str) -> Kernels:
-        taken: Kernels = {}
+    def lower(gm: GraphModule, mode: str) -> Lowered:
+        taken: dict[str, str] = {}
+        refusals: dict[str, dict[str, tuple[str, ...]]] = {}
         for name, kernel in mine.items():
             for node in gm.graph.find_nodes(op="call_function", target=kernel.op):
-                taken |= _take(gm, node, name, kernel)
+                sites = node.meta.get(SITE, ())
+                if reasons := tuple(kernel.refuse(node)):
+                    for site in sites:
+                        refusals.setdefault(site, {})[name] = reasons
+                else:
+                    _take(gm, node, kernel)
+                    taken |= dict.fromkeys(sites, name)
         remove_dead(gm)
-        return {**target.lower(gm, mode), **taken}
+        own = target.lower(gm, mode)
+        return Lowered({**own.kernels, **taken}, {**own.refusals, **refusals})
 
     return replace(target, lower=lower)
 
 
-def _take(gm: GraphModule, node: Node, name: str, kernel: Kernel) -> Kernels:
-    """Replace a node unless the kernel refuses it: {its sites: the kernel's name}."""
-    if reasons := [*kernel.refuse(node)]:
-        log.info("kernel %s refuses %s: %s", name, where(node), "; ".join(reasons))
-        return {}
+def _take(gm: GraphModule, node: Node, kernel: Kernel) -> None:
     node.replace_all_uses_with(kernel.lower(gm, node))
     gm.graph.erase_node(node)
-    return dict.fromkeys(node.meta.get(SITE, ()), name)

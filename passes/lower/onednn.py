@@ -29,7 +29,7 @@ from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.pointwise import as_maps, as_rows, is_pointwise
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.signal import as_image, as_signal, image_window
-from mpq_fx.passes.lower.target import Kernels, Target
+from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
 
 aten, mpq, onednn, mkldnn = (torch.ops.aten, torch.ops.mpq, torch.ops.onednn, torch.ops.mkldnn)
@@ -75,13 +75,13 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield "bfloat16 is emulated on a CPU without AVX-512"
 
 
-def lower(gm: GraphModule, mode: str) -> Kernels:
+def lower(gm: GraphModule, mode: str) -> Lowered:
     """Replace every site by its callee; weights stay values, to be folded into owned constants.
 
     In a mode with matmul templates a matmul hands over floats: the quantization behind it is fused
     by Inductor, with its scale as a tensor, so that equal layers share the code of one template.
     """
-    kernels: Kernels = {}
+    kernels: dict[str, str] = {}
     mode = kernels_of(mode)
     for node in list(gm.graph.nodes):
         if node.target not in RULES:
@@ -96,7 +96,7 @@ def lower(gm: GraphModule, mode: str) -> Kernels:
     decompose_quantize(gm)
     swap_sums(gm)
     remove_dead(gm)
-    return kernels
+    return Lowered(kernels)
 
 
 def swap_sums(gm: GraphModule) -> int:

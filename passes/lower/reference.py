@@ -14,7 +14,7 @@ import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import FORMATS
 from mpq_fx.graph import SITE
-from mpq_fx.passes.lower.target import Compiled, Kernels, Target
+from mpq_fx.passes.lower.target import Compiled, Lowered, Target
 
 mpq = torch.ops.mpq
 BF16 = Choice("bfloat16", "bfloat16")
@@ -62,15 +62,17 @@ def measure(site: Site, choice: Choice) -> float:
     return site.macs * bits / 1e12
 
 
-def lower(gm: GraphModule, mode: str) -> Kernels:
+def lower(gm: GraphModule, mode: str) -> Lowered:
     """Nothing to replace: the reference implementation is the op's default."""
     callees = [mpq.linear.default, mpq.conv.default, mpq.embedding.default]
-    return {
-        name: str(node.target)
-        for node in gm.graph.nodes
-        if node.target in callees
-        for name in node.meta[SITE]
-    }
+    return Lowered(
+        {
+            name: str(node.target)
+            for node in gm.graph.nodes
+            if node.target in callees
+            for name in node.meta[SITE]
+        }
+    )
 
 
 def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], mode: str) -> Compiled:

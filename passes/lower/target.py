@@ -6,7 +6,7 @@ A target is a value in `mpq_fx.passes.TARGETS`, or an entry point of the group m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import GraphModule
@@ -23,7 +23,13 @@ class Compiled:
     derived: tuple[Callable[[], None], ...] = ()
 
 
-Kernels = dict[str, str]  # node of the graph -> name of the callee that computes it
+@dataclass(frozen=True)
+class Lowered:
+    """What became of the sites of a graph; a site that no kernel took is Inductor's."""
+
+    kernels: Mapping[str, str]  # site -> name of the callee that computes it
+    # site -> kernel that would have been tried first -> why it did not take it
+    refusals: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 Planned = Sequence[tuple[Site, Choice, float]]  # what each site runs in, and its ms by itself
@@ -48,7 +54,7 @@ class Target:
     choices: Mapping[str, tuple[Choice, ...]]  # op of a site -> what it may run in
     refuse: Callable[[Site, Choice], Iterator[str]]  # reasons why not this one here
     measure: Callable[[Site, Choice], float]  # ms of one call
-    lower: Callable[[GraphModule, str], Kernels]  # target-neutral ops -> callees, in place
+    lower: Callable[[GraphModule, str], Lowered]  # target-neutral ops -> callees, in place
     compile: Callable[[GraphModule, Sequence[Any], str], Compiled]  # in a mode, "" by default
     modes: Callable[[Planned], tuple[str, ...]] = one_mode  # most promising first
     # What may make a mode that won still faster: (mode, sites, ms of a call)

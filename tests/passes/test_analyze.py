@@ -17,13 +17,14 @@ from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
+from mpq_fx.passes.analyze.measured_singles import measured_singles
+from mpq_fx.passes.analyze.metric import Task, on_pace
 from mpq_fx.passes.analyze.observe import (
     observe,
     static_scales,
     statistics,
 )
 from mpq_fx.passes.analyze.replay import output_error, run_in
-from mpq_fx.passes.analyze.sensitivity import measured_singles, on_pace
 from mpq_fx.passes.lower.reference import REFERENCE
 from tests.architectures import values
 from tests.passes.conftest import subject
@@ -91,7 +92,7 @@ def test_singles_with_a_shared_prefix_equal_one_replay_per_choice(net):
     observed = observe(replay, net.calls)
     replay = replace(replay, scales=static_scales(observed, [UINT8]))
     options = {site.name: (FLOAT, BF16, DYNAMIC, STATIC) for site in net.sites}
-    table = measured_singles(replay, options, net.calls)
+    table = measured_singles(Task(replay, options, net.calls))
     for site in net.sites:
         for choice in options[site.name]:
             errors = [
@@ -109,7 +110,7 @@ def test_singles_with_a_shared_prefix_equal_one_replay_per_choice(net):
 def test_tied_sites_are_measured_together_and_share_the_noise(net):
     tie = tuple(site.name for site in net.sites)
     options = dict.fromkeys(tie, (FLOAT, BF16))
-    table = measured_singles(net.replay(), options, net.calls, ties=[tie])
+    table = measured_singles(Task(net.replay(), options, net.calls, ties=[tie]))
     replay = net.replay()
     errors = [
         output_error(replay.run(call, dict.fromkeys(tie, BF16)), replay.run(call, {}))
@@ -166,7 +167,7 @@ def test_a_tensor_that_tied_sites_read_is_converted_once(net, tmp_path):
 
 def test_past_the_deadline_the_table_rests_on_one_call_and_says_so(net):
     options = {site.name: (FLOAT, BF16) for site in net.sites}
-    table = measured_singles(net.replay(), options, net.calls, deadline=time.monotonic() - 1)
+    table = measured_singles(Task(net.replay(), options, net.calls, deadline=time.monotonic() - 1))
     assert (table.provenance["records"], table.provenance["of"]) == (1, 3)
     assert set(table.values) == {(s.name, c.name) for s in net.sites for c in (FLOAT, BF16)}
 
@@ -174,8 +175,8 @@ def test_past_the_deadline_the_table_rests_on_one_call_and_says_so(net):
 def test_without_time_the_first_of_each_kind_is_measured_and_the_rest_takes_its_error(net):
     options = {site.name: (FLOAT, BF16) for site in net.sites}
     first, *others = (site.name for site in net.sites)
-    full = measured_singles(net.replay(), options, net.calls[:1])
-    table = measured_singles(net.replay(), options, net.calls, deadline=time.monotonic() - 1)
+    full = measured_singles(Task(net.replay(), options, net.calls[:1]))
+    table = measured_singles(Task(net.replay(), options, net.calls, deadline=time.monotonic() - 1))
     assert table.provenance["estimated"] == sorted(others)
     assert others
     assert full.provenance["estimated"] == []
@@ -226,11 +227,20 @@ def test_channels_of_a_convolution_are_its_second_dimension():
 def test_the_outlier_score_is_the_loudest_channel_over_the_median():
     x = torch.ones(5, 8)
     x[2, 3], x[1, 6] = -50.0, 7.0
-    found = seen(x)
-    assert found.outlier_score == 50.0
-    assert found.outlier_channels.tolist() == [3, 6]
-    assert seen(torch.ones(2, 4)).outlier_score == 1.0
-    assert seen(torch.zeros(2, 4)).outlier_score == math.inf
+    facts = seen(x).facts
+    assert facts["outlier_score"] == 50.0
+    assert facts["token_outlier_score"] == 50.0
+    assert (facts["minimum"], facts["maximum"]) == (-50.0, 7.0)
+    assert facts["mean"] == pytest.approx(x.mean().item())
+    assert facts["standard_deviation"] == pytest.approx(x.std(correction=0).item())
+
+
+def test_an_outlier_score_is_one_where_all_are_alike_and_infinite_over_silence():
+    for x in (torch.ones(2, 4), torch.zeros(2, 4)):
+        assert seen(x).facts["outlier_score"] == 1.0
+    x = torch.zeros(2, 4)
+    x[0, 0] = 1.0
+    assert seen(x).facts["outlier_score"] == math.inf
 
 
 def test_nan_in_an_activation_names_the_site():

@@ -14,7 +14,8 @@ from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize, noise_power
 from mpq_fx.passes.analyze import interlayer_hessian as module
 from mpq_fx.passes.analyze.interlayer_hessian import interlayer_hessian, pairs_of, sketch
-from mpq_fx.passes.analyze.sensitivity import measured_singles
+from mpq_fx.passes.analyze.measured_singles import measured_singles
+from mpq_fx.passes.analyze.metric import Task
 from tests.architectures import values
 from tests.passes.conftest import Subject, subject
 
@@ -39,7 +40,7 @@ def every_pair(monkeypatch) -> None:
 
 def table_of(net: Subject, *choices: Choice, ties=()):
     options = {site.name: (FLOAT, *choices) for site in net.sites}
-    return interlayer_hessian(net.replay(), options, net.calls, ties=ties)
+    return interlayer_hessian(Task(net.replay(), options, net.calls, ties=ties))
 
 
 def predicted(table, plan: dict[str, Choice]) -> float:
@@ -104,8 +105,8 @@ def test_a_pair_is_the_cross_term_of_the_hessian(every_pair):
 def test_the_singles_are_those_of_the_default_metric():
     net = planted()
     options = {site.name: (FLOAT, INT8, INT4) for site in net.sites}
-    singles = measured_singles(net.replay(), options, net.calls)
-    table = interlayer_hessian(net.replay(), options, net.calls)
+    singles = measured_singles(Task(net.replay(), options, net.calls))
+    table = interlayer_hessian(Task(net.replay(), options, net.calls))
     assert table.values.keys() == singles.values.keys()
     for key, value in singles.values.items():
         assert table.values[key] == pytest.approx(value, rel=1e-4)

@@ -17,6 +17,7 @@ from mpq_fx.cli import main
 from mpq_fx.config import Config
 from mpq_fx.doctor import Examination, TargetFacts, examine, printed, torch_problems
 from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes.lower import cpu
 from mpq_fx.plan import load, save
 
 
@@ -260,10 +261,13 @@ def test_bench_and_demo_hand_over(run, monkeypatch):
         module = ModuleType(f"mpq_fx.{name}")
         module.main = entry
         monkeypatch.setitem(sys.modules, f"mpq_fx.{name}", module)
-    assert run("bench", "bert-base", "--batch", "8", "--json").exit_code == 0
+    given = ("--batch", "8", "--variants", "mpq,eager", "--json")
+    assert run("bench", "bert-base", *given).exit_code == 0
     assert run("-q", "demo", "--quick", "-o", "pages").exit_code == 0
+    assert run("demo", "-q", "--quick", "-o", "pages").exit_code == 0
+    assert calls.pop() == calls[-1], "quiet before the command is quiet behind it"
     assert calls == [
-        ("bert-base", 8, True),
+        ("bert-base", 8, "mpq,eager", True),
         {"progress": False, "output": Path("pages"), "quick": True},
     ]
 
@@ -305,6 +309,15 @@ def test_a_torch_that_was_never_tested_is_named(version, is_tested):
 def test_the_tested_versions_are_those_the_package_asks_for():
     assert examine().problems == ()
     assert torch_problems("1.13.0")
+
+
+def test_doctor_says_what_this_machine_refuses_and_why(run, monkeypatch):
+    monkeypatch.setattr(cpu, "has", lambda name: name in ("avx2", "avx512"))
+    shown = " ".join(run("doctor").stdout.split())
+    assert "not int8*uint8_tensor/static: int8 × int8 saturates silently" in shown
+    conv = next(s for s in run("doctor").stdout.splitlines() if s.startswith("    conv: "))
+    assert "int7_tensor" in conv
+    assert "uint8_tensor" not in conv.partition("int7")[0]
 
 
 def test_doctor_fails_where_nothing_can_run(run, monkeypatch, capsys):

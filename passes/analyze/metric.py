@@ -1,0 +1,172 @@
+"""metric(Task) -> Table: how much each choice of each unit hurts; METRICS in mpq_fx.passes lists
+them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.replay import Replayer
+
+Record = Sequence[Any]  # the inputs of one call
+Unit = tuple[str, ...]  # sites that change together
+Kind = tuple[str, ...]
+Key = tuple[str, str]  # site, name of a choice
+IsWanted = Callable[[Unit], bool]  # is there time for a unit?
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a metric measures: how much each option hurts, on some recorded calls."""
+
+    replay: Replayer  # the float graph with its weights
+    options: Mapping[str, tuple[Choice, ...]]  # of each site; the first is its own precision
+    records: Sequence[Record]  # none of them is used for the reported error
+    ties: Sequence[Unit] = ()  # sites that share a choice in every plan
+    excluded: frozenset[int] = frozenset()  # outputs that are caches, and no part of the error
+    deadline: float = float("inf")  # a time.monotonic(); past it a metric stops early and says so
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The sites that change together: each tie, and every other site by itself."""
+        tied = {site: tie for tie in self.ties for site in tie}
+        return tuple(dict.fromkeys(tied.get(site, (site,)) for site in self.options))
+
+    @cached_property
+    def kinds(self) -> Mapping[Unit, Kind]:
+        """What a unit has in common with its like: the op, and what it may run in."""
+        ops = {site.name: site.op for site in self.replay.sites.values()}
+        return {u: (ops[u[0]], *(choice.name for choice in self.options[u[0]])) for u in self.units}
+
+    @property
+    def changes(self) -> int:
+        """How many singles there are: every choice of every unit but its own precision."""
+        return sum(len(self.options[unit[0]]) - 1 for unit in self.units)
+
+    @property
+    def suffixes(self) -> float:
+        """Forward passes of one call and of all its singles; a suffix counts as half of one."""
+        return 1 + self.changes / 2
+
+
+Metric = Callable[[Task], Table]
+# What a metric says of one recorded call: (unit, choice, noise power of this single alone).
+Each = Callable[[Record, IsWanted], Iterator[tuple[Unit, Choice, float]]]
+
+
+def averaged(metric: str, task: Task, each: Each, *, forward_passes: float) -> Table:
+    """The table of a metric that tells how much each single hurts in one recorded call.
+
+    Means and ranges over the calls, zeros for float.  A further call is begun only if it should end
+    by the deadline.  In the first one a unit for which there is no time is left out, see `on_pace`,
+    and gets the median of its like; later calls measure what the first one did.  Sites of a tie
+    share the noise evenly.  `forward_passes` is what one call costs.
+    """
+    begin, used = time.monotonic(), 0
+    powers: dict[Key, list[float]] = {}
+    wanted = on_pace(task.kinds, begin, task.deadline)
+    for record in _in_time(task, begin):
+        measured: set[Unit] = set()
+        for unit, choice, power in each(record, wanted):
+            measured.add(unit)
+            for site in unit:
+                powers.setdefault((site, choice.name), []).append(power / len(unit))
+        used, wanted = used + 1, measured.__contains__
+    return _table(metric, task, powers, used, begin, forward_passes)
+
+
+def _in_time(task: Task, begin: float) -> Iterator[Record]:
+    for used, record in enumerate(task.records):
+        now = time.monotonic()
+        if used and now + (now - begin) / used > task.deadline:
+            return
+        yield record
+
+
+def singles(
+    task: Task, record: Record, is_wanted: Callable[[Unit], bool]
+) -> Iterator[tuple[Unit, Choice, list[Any]]]:
+    """(unit, choice, outputs with this unit alone in this choice) in one walk along the graph: the
+    unchanged prefix is computed once, a single costs only the suffix.
+    """
+    replay = task.replay
+    nodes = list(replay.gm.graph.nodes)
+    unit_of = {site: unit for unit in task.units for site in unit}
+    env, left = replay.start(record), set(task.units)
+    for at, node in enumerate(nodes):
+        if node.op == "output":
+            return
+        site = replay.sites.get(node.name)
+        unit = unit_of.get(site.name) if site else None
+        if unit is not None and unit in left:
+            left.remove(unit)
+            if is_wanted(unit):
+                for choice in task.options[unit[0]][1:]:
+                    changed = dict.fromkeys(unit, choice)
+                    yield unit, choice, replay.finish(dict(env), nodes[at:], changed)
+                replay.forget(unit)
+        replay.step(env, node, {})
+
+
+def on_pace(kinds: Mapping[Unit, Kind], begin: float, deadline: float) -> IsWanted:
+    """Is there time for a unit?  For the first of each kind always; for the k-th of n while no more
+    than k / n of the time is used, so that what is left out is spread over the whole graph.
+    """
+    share, known = (deadline - begin) / max(1, len(kinds)), set()
+    position = {unit: k + 1 for k, unit in enumerate(kinds)}
+
+    def is_wanted(unit: Unit) -> bool:
+        is_new = kinds[unit] not in known
+        known.add(kinds[unit])
+        return is_new or time.monotonic() <= begin + share * position[unit]
+
+    return is_wanted
+
+
+def _table(
+    metric: str,
+    task: Task,
+    powers: Mapping[Key, Sequence[float]],
+    used: int,
+    begin: float,
+    forward_passes: float,
+) -> Table:
+    means = {key: sum(seen) / len(seen) for key, seen in powers.items()}
+    spread = {key: max(seen) - min(seen) for key, seen in powers.items()}
+    floats = {(site, kept[0].name): 0.0 for site, kept in task.options.items()}
+    guesses = _estimated(task, means)
+    return Table(
+        metric,
+        "noise_power",
+        {**floats, **guesses, **means},
+        spread={**floats, **spread},
+        provenance={
+            "records": used,
+            "of": len(task.records),
+            "seconds": round(time.monotonic() - begin, 3),
+            "forward_passes": used * forward_passes,
+            "estimated": sorted({site for site, _ in guesses}),
+        },
+    )
+
+
+def _estimated(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:
+    """For each unit that was not measured the median, per choice, of those of its kind."""
+    unit_of = {site: unit for unit in task.units for site in unit}
+    known: dict[tuple[Kind, str], list[float]] = {}
+    for (site, choice), power in means.items():
+        unit = unit_of[site]
+        known.setdefault((task.kinds[unit], choice), []).append(power * len(unit))
+    return {
+        (site, choice.name): median(known[kind, choice.name]) / len(unit)
+        for unit, kind in task.kinds.items()
+        for choice in task.options[unit[0]][1:]
+        for site in unit
+        if (site, choice.name) not in means
+    }
