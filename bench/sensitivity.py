@@ -9,125 +9,82 @@ ratio predicted / measured: its median and its extremes.
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from results import parser
 
 import mpq_fx
-from mpq_fx.demo.nets import SUBJECTS
-from mpq_fx.facts import Choice, Table
+from mpq_fx.demo.nets import SUBJECTS, Subject
+from mpq_fx.facts import Table
 from mpq_fx.passes import METRICS
-from mpq_fx.passes.analyze.metric import Metric, Task
-from mpq_fx.passes.analyze.replay import Replayer, output_error
+from mpq_fx.passes.analyze.metric import Task
+from mpq_fx.passes.analyze.ranking import Agreement, agreement, draw, measured
 from mpq_fx.plugins import add
 
 NAME = "compared"  # under which the comparison stands among the metrics
-METRIC_NAMES = ("measured", "interlayer_hessian")
 PLANS = 40
-Assignment = Mapping[str, Choice]
-_LOOKING_ON: list[Metric] = []  # what `compared` does: a metric is found by its name in a module
+FIRST = 1000  # seed of the first plan: none of those that a metric draws for itself
+_LOOKING_ON: list[
+    Callable[[Task], None]
+] = []  # what `compared` does: a metric is found by its name in a module
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric against measured errors of random plans."""
+    """One metric against measured errors of random plans, and what it cost."""
 
     metric: str
     seconds: float
     forward_passes: float
-    rank: float
-    ratio: tuple[float, float, float]  # least, median, largest of predicted / measured
+    found: Agreement
 
 
 def compare(name: str, metrics: Sequence[str], plans: int) -> list[Score]:
-    """Tune the net with a metric that only looks on: it has the replay, and the recorded calls."""
-    subject, found = SUBJECTS[name](), list[Score]()
+    found: list[Score] = []
 
-    def looking_on(task: Task) -> Table:
+    def looking_on(task: Task) -> None:
         task = replace(task, deadline=float("inf"))
+        drawn = [draw(task, seed) for seed in range(FIRST, FIRST + plans)]
+        errors = measured(task, drawn)
         tables = {m: METRICS.named(m)(task) for m in metrics}
-        drawn = [draw(random.Random(seed), task.units, task.options) for seed in range(plans)]
-        calls = [(record, task.replay.run(record, {})) for record in task.records]
-        measured = [joint(task.replay, calls, a, task.excluded) for a in drawn]
-        found.extend(score(tables[m], m, drawn, measured) for m in metrics)
-        return next(iter(tables.values()))
+        for metric, table in tables.items():
+            cost = (table.provenance["seconds"], table.provenance["forward_passes"])
+            found.append(Score(metric, *cost, agreement(table, drawn, errors)))
 
-    _LOOKING_ON.append(looking_on)
-    add("metrics", NAME, f"{__name__}:compared")
-    config = mpq_fx.Config(target="reference", sensitivity=NAME)
-    mpq_fx.tune(subject.model, subject.calibration, config=config, progress=False)
+    looked_on(SUBJECTS[name](), looking_on)
     return found
 
 
+def looked_on(subject: Subject, look: Callable[[Task], None]) -> None:
+    """Tune a net with a metric that only looks on: it has the replay, and the recorded calls."""
+    _LOOKING_ON.append(look)
+    add("metrics", NAME, f"{__name__}:compared")
+    config = mpq_fx.Config(target="reference", sensitivity=NAME)
+    mpq_fx.tune(subject.model, subject.calibration, config=config, progress=False)
+
+
 def compared(task: Task) -> Table:
-    return _LOOKING_ON[-1](task)
-
-
-def draw(
-    source: random.Random, units: Sequence[tuple[str, ...]], options: Mapping[str, Sequence[Choice]]
-) -> Assignment:
-    """A plan in which each unit leaves float with one probability, for a choice that is even."""
-    share = source.random()
-    changed = [unit for unit in units if len(options[unit[0]]) > 1 and source.random() < share]
-    picks = {unit: source.choice(options[unit[0]][1:]) for unit in changed}
-    return {site: choice for unit, choice in picks.items() for site in unit}
-
-
-def joint(
-    replay: Replayer, calls: Sequence[Any], plan: Assignment, excluded: frozenset[int]
-) -> float:
-    """√ of the mean noise power over (recorded call, its float outputs)."""
-    errors = [output_error(replay.run(x, plan), reference, excluded) for x, reference in calls]
-    return float(np.mean(np.square(errors)) ** 0.5)
-
-
-def predicted(table: Table, plan: Assignment) -> float:
-    """√ (Σ noise of singles + Σ pairs)"""
-    keys = {(site, choice.name) for site, choice in plan.items()}
-    power = sum(table.values[key] for key in keys)
-    power += sum(p for (u, c, v, d), p in table.pairs.items() if {(u, c), (v, d)} <= keys)
-    return max(power, 0.0) ** 0.5
-
-
-def score(table: Table, name: str, plans: Sequence[Assignment], measured: Sequence[float]) -> Score:
-    guesses = [predicted(table, plan) for plan in plans]
-    both = [(g, m) for g, m in zip(guesses, measured, strict=True) if m > 0]
-    ratios = [g / m for g, m in both]
-    return Score(
-        name,
-        table.provenance["seconds"],
-        table.provenance["forward_passes"],
-        spearman(*zip(*both, strict=True)),
-        (min(ratios), float(np.median(ratios)), max(ratios)),
-    )
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of ranks; ties cannot matter among measured errors."""
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    _LOOKING_ON[-1](task)
+    return METRICS["measured"](task)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("net", choices=SUBJECTS)
     made.add_argument("--plans", type=int, default=PLANS)
-    made.add_argument("--metrics", default=",".join(METRIC_NAMES))
+    made.add_argument("--metrics", default="measured,interlayer_hessian")
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()
-    for found in compare(options.net, options.metrics.split(","), options.plans):
-        low, middle, high = found.ratio
+    for score in compare(options.net, options.metrics.split(","), options.plans):
+        low, middle, high = score.found.ratios
         print(
-            f"{options.net:8} {found.metric:20} rank {found.rank:.3f}  predicted/measured "
-            f"{low:.2f} {middle:.2f} {high:.2f}  {found.forward_passes:.0f} forward passes, "
-            f"{found.seconds:.1f} s"
+            f"{options.net:8} {score.metric:20} rank {score.found.rank:.3f}  predicted/measured "
+            f"{low:.2f} {middle:.2f} {high:.2f}  {score.forward_passes:.0f} forward passes, "
+            f"{score.seconds:.1f} s"
         )
     print(f"{time.perf_counter() - begin:.0f} s in all")
 

@@ -16,14 +16,10 @@ from mpq_fx.passes.analyze.replay import output_error
 from mpq_fx.passes.lower.constants import fold_constants
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
-from mpq_fx.passes.rewrite.narrow import narrow
 from mpq_fx.sizes import size_guard
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
-
-
-NARROW = "bfloat16 between sites"  # how the name of a mode begins that narrows what lies there
 
 
 @dataclass(frozen=True)
@@ -38,20 +34,11 @@ class Variant:
     installed: Installed | None
     lowered: Lowered
     error: float
-    mode: str = ""  # how it was compiled: one of the target's modes, perhaps behind NARROW
+    mode: str = ""  # how it was compiled: one of the target's modes
 
     @property
     def name(self) -> str:
         return f"{self.label}, {self.mode}" if self.mode not in ("", self.label) else self.label
-
-
-def narrowed(mode: str) -> str:
-    """A mode of the target, with bfloat16 between sites."""
-    return f"{NARROW}, {mode}".removesuffix(", ")
-
-
-def mode_of_target(mode: str) -> str:
-    return mode.removeprefix(NARROW).removeprefix(", ")
 
 
 def build(
@@ -81,9 +68,6 @@ def lower(
     """canonical graph + choices -> compiled callable over owned constants, and its callees."""
     gm, _ = clone(graph.gm)
     rewrite(gm, graph.sites, choices, scales)
-    if mode.startswith(NARROW):
-        narrow(gm, torch.bfloat16, {node.name for node in graph.gm.graph.nodes})
-    mode = mode_of_target(mode)
     lowered = target.lower(gm, mode)
     folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]

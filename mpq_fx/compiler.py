@@ -26,7 +26,8 @@ from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders
 from mpq_fx.install import FLOAT_WINS, donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
-from mpq_fx.passes import canonicalization, target_named
+from mpq_fx.passes import METRICS, canonicalization, target_named
+from mpq_fx.passes.allocate import SOLVERS
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
@@ -56,7 +57,7 @@ def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
     """Float graph in; a callable out that observes, solves once and then runs mixed precision."""
-    target_named(config.target)  # an unknown one is refused before any work
+    check_names(config)
     compile_float = partial(float_callable, gm, example_inputs, config)
     captured = capture(gm, example_inputs)
     if captured.refusal:
@@ -145,6 +146,13 @@ def welcome(
     if config.release and binding.installed is not None:
         freed = release(binding)
         log.info("freed %.1f MB of float weights", freed / 1e6)
+
+
+def check_names(config: Config) -> None:
+    """What plug-ins may add to is known by now, and an unknown name refused before any work."""
+    target_named(config.target)
+    METRICS.named(config.sensitivity)
+    SOLVERS.named(config.solver)
 
 
 def loaded(config: Config) -> Config:

@@ -33,6 +33,7 @@ class Config:
     max_bops: float | str | None = None  # multiply-accumulates × bits × bits
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
+    solver: str = "cp_sat"  # of the allocation problem
     calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"
     time_budget: float = 60.0  # seconds of measuring, solving, compiling

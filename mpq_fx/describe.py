@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpq_fx.binding import Binding, fresh
-from mpq_fx.build import NARROW, caller
+from mpq_fx.build import caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, Table
@@ -183,8 +183,7 @@ def _activation_bytes(measured: Measured, settled: Settled) -> dict[str, float]:
     found = {FLOAT: float(peak(measured.live, {}))}
     for variant in settled.variants.values():
         choices = parse(measured.proposal, variant.assignment)
-        narrow = variant.mode.startswith(NARROW)
-        found[variant.name] = float(peak(measured.live, choices, narrow=narrow))
+        found[variant.name] = float(peak(measured.live, choices))
     return found
 
 

@@ -29,7 +29,7 @@ class Judge:
     limit: float
 
 
-SOLVER, SOLVE_SECONDS = "cp_sat", 5.0
+SOLVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _solved(
         scale=scale,
     )
     try:
-        return SOLVERS[SOLVER](asked, time_limit=SOLVE_SECONDS)
+        return SOLVERS.named(config.solver)(asked, time_limit=SOLVE_SECONDS)
     except InfeasibleError as error:
         units = partial(in_user_units, measured.tables, baseline, scale or 1.0)
         raise unreachable(asked, units) from error

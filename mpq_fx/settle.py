@@ -4,13 +4,12 @@ installed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpq_fx.binding import fresh
-from mpq_fx.build import NARROW, Variant, build, caller, mode_of_target, narrowed
+from mpq_fx.build import Variant, build, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import first_line
@@ -131,7 +130,7 @@ def _in_best_mode(
     """The fastest of `variants`, to which what is near is added in other modes; all times."""
     winner, timings = _raced(measured, config, clock, variants, run_float)
     tried = {(v.label, v.mode) for v in variants.values()}
-    for more in (_narrower, _finishing, _other_modes, _finishing):
+    for more in (_finishing, _other_modes, _finishing):
         modes = _in_other_modes(measured, more, variants, timings, winner)
         wanted = [(v, mode) for v, mode in modes if (v.label, mode) not in tried]
         tried |= {(v.label, mode) for v, mode in wanted}
@@ -144,31 +143,12 @@ def _in_best_mode(
 More = Callable[[Measured, Variant, float], tuple[str, ...]]
 
 
-def _narrower(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
-    """bfloat16 between sites, too, where its error, that of the whole model in bfloat16, fits.
-
-    On top of other errors it adds up; all bfloat16 has a part of it already.
-    """
-    tolerance, added = measured.tolerance, measured.yardstick
-    if tolerance is None or added is None or variant.mode.startswith(NARROW):
-        return ()
-    own = 0.0 if variant.label == ALL_BF16 else variant.error
-    is_wide = all(site.dtype == "float32" for site in measured.sites)
-    return (narrowed(variant.mode),) if is_wide and math.hypot(own, added) <= tolerance else ()
-
-
 def _other_modes(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
-    return _alike(variant, _modes(measured, variant.assignment))
+    return _modes(measured, variant.assignment)
 
 
 def _finishing(measured: Measured, variant: Variant, ms: float) -> tuple[str, ...]:
-    mode = mode_of_target(variant.mode)
-    return _alike(variant, measured.target.finishing(mode, len(measured.sites), ms))
-
-
-def _alike(variant: Variant, modes: tuple[str, ...]) -> tuple[str, ...]:
-    """Modes of the target, as narrow between sites as a variant is."""
-    return tuple(map(narrowed, modes)) if variant.mode.startswith(NARROW) else modes
+    return measured.target.finishing(variant.mode, len(measured.sites), ms)
 
 
 def _stage(mode: str) -> str:

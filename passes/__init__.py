@@ -10,9 +10,19 @@ from collections.abc import Mapping, Sequence
 from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
 from mpq_fx.graph import Pass
-from mpq_fx.passes.analyze.interlayer_hessian import interlayer_hessian
-from mpq_fx.passes.analyze.measured_singles import measured_singles
 from mpq_fx.passes.analyze.metric import Metric
+from mpq_fx.passes.analyze.metrics.auto import auto
+from mpq_fx.passes.analyze.metrics.fisher import first_order, fisher, fisher_elementwise
+from mpq_fx.passes.analyze.metrics.hessian_trace import hessian_trace
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian
+from mpq_fx.passes.analyze.metrics.kl_singles import kl_singles
+from mpq_fx.passes.analyze.metrics.local_error import local_error
+from mpq_fx.passes.analyze.metrics.measured_pairs import (
+    block_pairs,
+    measured_pairs,
+    projected_pairs,
+)
+from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
 from mpq_fx.passes.canonicalize.casts import spell_casts
 from mpq_fx.passes.canonicalize.convolution import spell_convolutions
@@ -44,9 +54,18 @@ CANONICALIZE: tuple[Pass, ...] = (
 METRICS: Catalog[Metric] = Catalog(
     "metrics",
     {
-        "auto": measured_singles,
+        "auto": auto,
         "measured": measured_singles,
         "interlayer_hessian": interlayer_hessian,
+        "measured_pairs": measured_pairs,
+        "block_pairs": block_pairs,
+        "projected_pairs": projected_pairs,
+        "fisher": fisher,
+        "fisher_elementwise": fisher_elementwise,
+        "first_order": first_order,
+        "hessian_trace": hessian_trace,
+        "kl": kl_singles,
+        "local_error": local_error,
     },
 )
 

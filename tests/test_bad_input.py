@@ -72,6 +72,28 @@ def test_an_unknown_target_is_refused(isolated):
         call(compiled_of(Net(), target="cuda"), 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sensitivity": "fischer"}, "'fischer' is none of the metrics"),
+        ({"solver": "cpsat"}, "'cpsat' is none of the solvers"),
+    ],
+)
+def test_an_unknown_metric_or_solver_is_refused_at_the_first_call(isolated, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        call(compiled_of(Net(), **options), 1)
+    assert "did you mean" in caught.value.fix
+
+
+def test_the_solver_that_is_named_solves(isolated):
+    found = []
+    for solver in ("cp_sat", "lagrangian", "brute_force"):
+        compiled = compiled_of(Net(), solver=solver)
+        call(compiled)
+        found.append(mpq_fx.explain(compiled).entries[0].plan)
+    assert all(plan is not None and plan.error <= plan.tolerance * 1.5 for plan in found)
+
+
 def test_a_glob_that_matches_nothing_names_the_sites(isolated):
     model = Net()
     compiled = compiled_of(model, formats={"encoder.*": ["int8"]})

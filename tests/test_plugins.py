@@ -117,9 +117,9 @@ def test_a_plug_in_that_cannot_be_loaded_says_whose_it_is(install, code, reason)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(install):
-    install("tiny_metric", "def fisher(): ...", metrics="fisher = tiny_metric:fisher")
-    with pytest.raises(ConfigError, match="did you mean 'fisher'"):
-        METRICS.named("fischer")
+    install("tiny_metric", "def volume(): ...", metrics="volume = tiny_metric:volume")
+    with pytest.raises(ConfigError, match="did you mean 'volume'"):
+        METRICS.named("volumes")
 
 
 def test_solvers_and_targets_are_merged(install):
@@ -138,11 +138,11 @@ def test_solvers_and_targets_are_merged(install):
 
 
 def test_a_plug_in_can_be_tried_without_a_package(install):
-    install("tiny_metric", "def fisher(): ...", metrics="fisher = tiny_metric:fisher")
-    plugins.add("metrics", "tried", "mpq_fx.passes.analyze.measured_singles:measured_singles")
+    install("tiny_metric", "def volume(): ...", metrics="volume = tiny_metric:volume")
+    plugins.add("metrics", "tried", "mpq_fx.passes.analyze.metrics.auto:auto")
     assert METRICS["tried"] is METRICS["auto"]
-    plugins.add("metrics", "fisher", "tiny_metric:fisher")
-    with pytest.raises(PluginError, match="this process and tiny_metric both name 'fisher'"):
+    plugins.add("metrics", "volume", "tiny_metric:volume")
+    with pytest.raises(PluginError, match="this process and tiny_metric both name 'volume'"):
         METRICS.named("auto")
     plugins.forget()
     assert "tried" not in METRICS

@@ -22,8 +22,6 @@ from mpq_fx.formats import FORMATS
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
 
-WIDE = 4  # bytes of a float32
-
 
 @dataclass(frozen=True)
 class Value:
@@ -50,21 +48,17 @@ def live_sets(replay: Replayer, record: Sequence[Any]) -> tuple[Live, ...]:
     )
 
 
-def peak(live: Sequence[Live], choices: Mapping[str, Choice], *, narrow: bool = False) -> int:
-    """Bytes at the op where most is live, each value in the format that the choices give it.
-
-    `narrow`: what no choice decides on has 16 bits instead of 32.
-    """
-    sums = [sum(stored_bytes(v, choices, narrow=narrow) for v in found) for found in live]
-    return max(sums, default=0)
+def peak(live: Sequence[Live], choices: Mapping[str, Choice]) -> int:
+    """Bytes at the op where most is live, each value in the format that the choices give it."""
+    return max((sum(stored_bytes(v, choices) for v in found) for found in live), default=0)
 
 
-def stored_bytes(value: Value, choices: Mapping[str, Choice], *, narrow: bool = False) -> int:
+def stored_bytes(value: Value, choices: Mapping[str, Choice]) -> int:
     """Bytes of one value: in its readers' format where they agree, else in the user's precision."""
     formats = {_stored_in(choices.get(site)) for site in value.deciding}
     fmt = formats.pop() if len(formats) == 1 else ""
     if not fmt:
-        return value.bytes // 2 if narrow and value.itemsize == WIDE else value.bytes
+        return value.bytes
     return math.ceil(value.bytes // value.itemsize * FORMATS[fmt].element.bits / 8)
 
 

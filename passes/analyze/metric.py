@@ -44,15 +44,26 @@ class Task:
         ops = {site.name: site.op for site in self.replay.sites.values()}
         return {u: (ops[u[0]], *(choice.name for choice in self.options[u[0]])) for u in self.units}
 
+    @cached_property
+    def unit_of(self) -> Mapping[str, Unit]:
+        """site -> the unit it belongs to"""
+        return {site: unit for unit in self.units for site in unit}
+
     @property
-    def changes(self) -> int:
+    def count(self) -> int:
         """How many singles there are: every choice of every unit but its own precision."""
         return sum(len(self.options[unit[0]]) - 1 for unit in self.units)
 
     @property
     def suffixes(self) -> float:
         """Forward passes of one call and of all its singles; a suffix counts as half of one."""
-        return 1 + self.changes / 2
+        return 1 + self.count / 2
+
+    def changes(self, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice]]:
+        """Every single that there is time for."""
+        for unit in self.units:
+            if is_wanted(unit):
+                yield from ((unit, choice) for choice in self.options[unit[0]][1:])
 
 
 Metric = Callable[[Task], Table]
@@ -97,13 +108,12 @@ def singles(
     """
     replay = task.replay
     nodes = list(replay.gm.graph.nodes)
-    unit_of = {site: unit for unit in task.units for site in unit}
     env, left = replay.start(record), set(task.units)
     for at, node in enumerate(nodes):
         if node.op == "output":
             return
         site = replay.sites.get(node.name)
-        unit = unit_of.get(site.name) if site else None
+        unit = task.unit_of.get(site.name) if site else None
         if unit is not None and unit in left:
             left.remove(unit)
             if is_wanted(unit):
@@ -158,10 +168,9 @@ def _table(
 
 def _estimated(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:
     """For each unit that was not measured the median, per choice, of those of its kind."""
-    unit_of = {site: unit for unit in task.units for site in unit}
     known: dict[tuple[Kind, str], list[float]] = {}
     for (site, choice), power in means.items():
-        unit = unit_of[site]
+        unit = task.unit_of[site]
         known.setdefault((task.kinds[unit], choice), []).append(power * len(unit))
     return {
         (site, choice.name): median(known[kind, choice.name]) / len(unit)

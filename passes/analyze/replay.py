@@ -24,7 +24,8 @@ from mpq_fx.passes.analyze.sites import OPERANDS
 Env = dict[Node, Any]
 Scales = Mapping[tuple[str, str], tuple[Tensor, Tensor]]  # (site, activation format) -> scale, zero
 
-_STRICT = (
+# Ops that refuse operands of two float types; glue ops promote by themselves.
+_CASTING = (
     "linear",
     "conv",
     "matmul",
@@ -194,17 +195,12 @@ def run_in(replay: Replayer, inputs: Sequence[Any], dtype: torch.dtype) -> list[
             return list(map_arg(arguments(node)[0], env.__getitem__))
         if node.op == "call_function":
             args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-            if refuses_mixed(node):
+            if any(name in str(node.target) for name in _CASTING):
                 args, kwargs = cast(args, dtype), cast(kwargs, dtype)
             env[node] = _call_in(dtype, node, args, kwargs)
         for dead in replay.last_use.get(node, ()):
             env.pop(dead, None)
     raise AssertionError("a graph without an output node")
-
-
-def refuses_mixed(node: Node) -> bool:
-    """Does an op refuse operands of two float types?  Others promote by themselves."""
-    return any(name in str(node.target) for name in _STRICT)
 
 
 def output_error(

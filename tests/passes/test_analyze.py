@@ -17,8 +17,8 @@ from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
-from mpq_fx.passes.analyze.measured_singles import measured_singles
 from mpq_fx.passes.analyze.metric import Task, on_pace
+from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from mpq_fx.passes.analyze.observe import (
     observe,
     static_scales,

@@ -12,10 +12,10 @@ import mpq_fx
 from mpq_fx.facts import Choice
 from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize, noise_power
-from mpq_fx.passes.analyze import interlayer_hessian as module
-from mpq_fx.passes.analyze.interlayer_hessian import interlayer_hessian, pairs_of, sketch
-from mpq_fx.passes.analyze.measured_singles import measured_singles
 from mpq_fx.passes.analyze.metric import Task
+from mpq_fx.passes.analyze.metrics import interlayer_hessian as module
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian, pairs_of, sketch
+from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from tests.architectures import values
 from tests.passes.conftest import Subject, subject
 

@@ -14,9 +14,7 @@ from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.registry import bindings_of
 from mpq_fx.verify import MARGIN, timing
 
-NARROW = "bfloat16 between sites"
 VARIANTS = {"plan", "inductor float", "all float", "all bfloat16", "all int8"}
-RACED = VARIANTS | {f"{name}, {NARROW}" for name in ("plan", "all bfloat16")}
 
 
 @pytest.fixture
@@ -51,36 +49,10 @@ def tuned(world, race):
 
 def test_the_plan_races_float_and_every_uniform_plan(isolated, tuned, race):
     plan = tuned()
-    assert set(race[1]) == RACED
+    assert set(race[1]) == VARIANTS
     assert plan.winner == "plan"
-    assert set(plan.latency_ms) == RACED
-    assert set(plan.errors) == RACED
-
-
-@pytest.mark.parametrize("label", ["plan", "all bfloat16"])
-def test_bfloat16_between_sites_runs_where_it_is_faster_and_again_when_loaded(
-    isolated, world, tuned, tmp_path, label
-):
-    plan = tuned(**{label: 9.0, f"{label}, {NARROW}": 8.0})
-    assert plan.winner == f"{label}, {NARROW}"
-    assert {row.mode for row in plan.ledger} == {NARROW}
-    assert plan.errors[plan.winner] != plan.errors[label]
-    assert plan.activation_bytes[plan.winner] < plan.activation_bytes["float"]
-    plan.save(tmp_path / "plan.json")
-    x = world.batch(9)
-    first, second = (mpq_fx.apply(world.Net().eval(), p) for p in (plan, tmp_path / "plan.json"))
-    with torch.inference_mode():
-        assert torch.equal(first(x), second(x))
-        assert first(x).dtype == torch.float32
-
-
-def test_bfloat16_between_sites_is_not_tried_where_its_error_does_not_fit(isolated, world, race):
-    batches = [world.batch(k) for k in range(4)]
-    for tolerance, is_tried in (("bf16", True), (0.002, False)):
-        race[1].clear()
-        config = world.config(tolerance=tolerance)
-        mpq_fx.tune(world.Net().eval(), batches, config=config, progress=False)
-        assert any(NARROW in name for name in race[1]) == is_tried
+    assert set(plan.latency_ms) == VARIANTS
+    assert set(plan.errors) == VARIANTS
 
 
 @pytest.mark.parametrize("name", ["all_int8", "all_bfloat16", "inductor_float"])
@@ -120,8 +92,7 @@ def test_all_bfloat16_races_whatever_its_predicted_latency_and_the_clock(
     monkeypatch.setattr(settle, "HOPELESS", 0.0)
     monkeypatch.setattr(settle, "SIMPLER_PLAN", -1.0)
     tuned()
-    assert set(race[1]) <= {"inductor float", *(name for name in RACED if "int8" not in name)}
-    assert {"plan", "all bfloat16", "inductor float"} <= set(race[1])
+    assert set(race[1]) == {"plan", "all bfloat16", "inductor float"}
 
 
 @pytest.fixture
@@ -139,7 +110,7 @@ def two_modes(race, monkeypatch) -> None:
 
 
 def test_a_latency_that_the_race_does_not_keep_is_a_note(isolated, world, race):
-    race[0].update(dict.fromkeys(RACED, 25.0))
+    race[0].update(dict.fromkeys(VARIANTS, 25.0))
     config = world.config(tolerance=0.5, max_latency=20.0)
     batches = [world.batch(k) for k in range(4)]
     plan = mpq_fx.tune(world.Net().eval(), batches, config=config, progress=False)
@@ -168,7 +139,7 @@ def test_what_wins_is_finished_compiled_in_the_other_modes_and_finished_there(
     plan = tuned(**{"plan, second": 8.0, "plan, second, finished": 7.0})
     assert plan.winner == "plan, second, finished"
     assert {row.mode for row in plan.ledger} == {"second, finished"}
-    assert race[1].count("plan, first") == 5
+    assert race[1].count("plan, first") == 4
     assert race[1].count("plan, first, finished") == 3
 
 
@@ -227,6 +198,6 @@ def test_on_the_cpu_what_runs_is_the_fastest_that_is_allowed(isolated, world):
         (binding,) = world.bindings(compiled)
         plan = binding.plan
         assert "inductor float" in plan.latency_ms
-        best = min(plan.latency_ms.values())  # by less than it must be faster in most rounds
-        assert plan.latency_ms[plan.winner] <= best / (1 - 10 * MARGIN)
+        best = min(plan.latency_ms.values())
+        assert plan.latency_ms[plan.winner] <= best / (1 - MARGIN) + 1e-9
         assert relative_rms(compiled(x), model(x)) <= 0.11

@@ -1,0 +1,141 @@
+"""Every plan of a small net measured -> how far each metric with the solver lands from the optimum.
+
+    python bench/regret.py vit [--metrics measured,fisher,…] [--units 8] [--choices 3]
+
+Least joint error under a budget of bit operations, at five budgets between the cheapest plan and
+the dearest.  The optimum is taken among all plans, by their measured joint error.  A metric fills
+the table, CP-SAT solves it, and that plan is looked up.  Regret = its error / the least one - 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from results import parser
+from sensitivity import looked_on
+
+from mpq_fx.demo.nets import SUBJECTS
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes import METRICS
+from mpq_fx.passes.allocate import Problem, cp_sat
+from mpq_fx.passes.analyze.cost import sizes
+from mpq_fx.passes.analyze.metric import Task
+from mpq_fx.passes.analyze.ranking import measured
+
+SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the way from the cheapest plan to the dearest
+NAMES = ("int4*bfloat16", "int8/dynamic", "bfloat16", "int8*uint8_tensor/static", "float32")
+Key = tuple[str, ...]  # a choice for each unit, by name
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Of one metric, over all budgets."""
+
+    metric: str
+    mean: float
+    worst: float
+    forward_passes: float
+
+
+def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list[Regret]:
+    found: list[Regret] = []
+
+    def looking_on(task: Task) -> None:
+        small = restricted(task, units, choices)
+        costs = sizes(tuple(task.replay.sites.values()), small.options)["bops"].values
+        every = enumerated(small)
+        errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
+        for metric in metrics:
+            table = METRICS.named(metric)(small)
+            regrets = [regret(small, table, costs, errors, share) for share in SHARES]
+            passes = table.provenance["forward_passes"]
+            mean = sum(regrets) / len(regrets)
+            found.append(Regret(metric, mean, max(regrets), passes))
+
+    looked_on(SUBJECTS[name](), looking_on)
+    return found
+
+
+def restricted(task: Task, units: int, choices: int) -> Task:
+    """Some units, spread over the net, with some choices each; all others stay in float."""
+    able = [u for u in task.units if {c.name for c in task.options[u[0]]} >= {*NAMES[:choices]}]
+    kept = set(able[:: max(1, len(able) // units)][:units])
+    options: dict[str, tuple[Choice, ...]] = {}
+    for unit in task.units:
+        for site in unit:
+            first, *others = task.options[site]
+            wanted = [c for c in others if unit in kept and c.name in NAMES[:choices]]
+            options[site] = (first, *wanted)
+    return replace(task, options=options, deadline=float("inf"))
+
+
+def enumerated(task: Task) -> dict[Key, Mapping[str, Choice]]:
+    """Every plan that leaves no unit of choice in float, by the names of its choices."""
+    units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
+    plans = {}
+    for picks in itertools.product(*(task.options[unit[0]][1:] for unit in units)):
+        chosen = zip(units, picks, strict=True)
+        plan = {site: choice for unit, choice in chosen for site in unit}
+        plans[tuple(choice.name for choice in picks)] = plan
+    return plans
+
+
+def regret(
+    task: Task,
+    table: Table,
+    costs: Mapping[tuple[str, str], float],
+    errors: Mapping[Key, float],
+    share: float,
+) -> float:
+    """Measured error of the plan that the solver picks, against the least within the budget."""
+    units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
+    names = {unit[0]: tuple(c.name for c in task.options[unit[0]][1:]) for unit in units}
+    cost = {(u[0], n): sum(costs[s, n] for s in u) for u in units for n in names[u[0]]}
+    low, high = (
+        sum(pick(cost[u, n] for n in kept) for u, kept in names.items()) for pick in (min, max)
+    )
+    budget = low + share * (high - low)
+    asked = Problem(
+        options=names,
+        error={(u[0], n): sum(table.values[s, n] for s in u) for u in units for n in names[u[0]]},
+        pairs={key: value for key, value in table.pairs.items() if _is_asked(key, names)},
+        objective=("error",),
+        resources={"bops": cost},
+        budgets={"bops": budget},
+    )
+    found = cp_sat.solve(asked, time_limit=10.0).assignment
+    within = [
+        error
+        for key, error in errors.items()
+        if sum(cost[u[0], n] for u, n in zip(units, key, strict=True)) <= budget * (1 + 1e-9)
+    ]
+    return errors[tuple(found[u[0]] for u in units)] / min(within) - 1
+
+
+def _is_asked(pair: tuple[str, str, str, str], names: Mapping[str, tuple[str, ...]]) -> bool:
+    u, c, v, d = pair
+    return c in names.get(u, ()) and d in names.get(v, ())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("net", choices=SUBJECTS)
+    made.add_argument("--metrics", default=",".join(METRICS))
+    made.add_argument("--units", type=int, default=8)
+    made.add_argument("--choices", type=int, default=3)
+    options = made.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    metrics = options.metrics.split(",")
+    for found in compare(options.net, metrics, options.units, options.choices):
+        print(
+            f"{options.net:8} {found.metric:20} regret {found.mean:7.2%} mean {found.worst:7.2%} "
+            f"worst  {found.forward_passes:.0f} forward passes a call",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One file per metric: Task -> Table; METRICS in mpq_fx.passes names them."""

@@ -1,0 +1,38 @@
+"""score[u, c] = mean over positions of KL(softmax(y) ‖ softmax(y(u in c))), scaled to noise power
+
+For outputs that are logits along the last dimension.  ZeroQ (arXiv 2001.00281).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.nn import functional
+
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.calibrate import calibrated
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, singles
+from mpq_fx.passes.analyze.replay import is_measurable
+
+
+def kl_singles(task: Task) -> Table:
+    """Divergence of the distributions that a single changes, the largest over the outputs."""
+
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+        reference = task.replay.run(record, {})
+        for unit, choice, outputs in singles(task, record, is_wanted):
+            yield unit, choice, divergence(outputs, reference, task.excluded)
+
+    return calibrated(task, averaged("kl_singles", task, each, forward_passes=task.suffixes))
+
+
+def divergence(outputs: Sequence[Any], reference: Sequence[Any], excluded: frozenset[int]) -> float:
+    """max over outputs of the mean KL(reference ‖ output) in nats; 0 where there are no logits."""
+    found = [0.0]
+    for k, (y, ref) in enumerate(zip(outputs, reference, strict=True)):
+        if k not in excluded and is_measurable(ref) and not ref.is_complex() and ref.dim():
+            got, want = (functional.log_softmax(x.double(), -1) for x in (y, ref))
+            kl = functional.kl_div(got, want, reduction="none", log_target=True).sum(-1)
+            found.append(float(kl.mean().clamp_min(0.0)) if kl.numel() else 0.0)
+    return max(found)

@@ -1,0 +1,34 @@
+"""noise[u, c] = ‖y_u(c) − y_u‖² / ‖y_u‖²: what a choice does to the result of its own site
+
+One forward pass and no suffix: the cheapest metric that looks at data.  It does not know how much
+of an error reaches the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.calibrate import calibrated
+from mpq_fx.passes.analyze.linearize import linearize, local_errors
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+
+
+def local_error(task: Task) -> Table:
+    """Relative error of each site's own result, squared; scaled to errors of the outputs."""
+
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+        at = linearize(task.replay, record)
+        for unit, choice in task.changes(is_wanted):
+            errors = local_errors(task.replay, at, unit, choice)
+            powers = [_power(e) / max(_power(at.results[s]), 1e-30) for s, e in errors.items()]
+            yield unit, choice, sum(powers)
+
+    passes = 1 + task.count / max(1, len(task.units))
+    return calibrated(task, averaged("local_error", task, each, forward_passes=passes))
+
+
+def _power(x: Tensor) -> float:
+    return float(x.detach().double().square().sum())

@@ -1,0 +1,159 @@
+"""pair[u, c; v, d] = noise(u in c and v in d) − noise(u in c) − noise(v in d), every pair measured
+
+The forward variant of CLADO (arXiv 2307.05657) in noise powers.  The walk of a single goes on as
+the prefix of all pairs that begin with it, so a pair costs a suffix: with U units of K choices
+about K² U² / 6 forward passes in all.  `block_pairs` measures pairs within a block and with the
+next one only.  Terms may be negative, where errors cancel; the solver takes them as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import Pair, relative_difference
+from mpq_fx.passes.analyze.replay import Env
+
+IsNear = Callable[[Unit, Unit], bool]
+
+
+def measured_pairs(task: Task) -> Table:
+    """Singles and all pairs."""
+    return _pairs("measured_pairs", task, lambda u, v: True)
+
+
+def block_pairs(task: Task) -> Table:
+    """Singles, and pairs of units in the same block of layers or in two that follow each other."""
+    order = list(dict.fromkeys(block_of(unit) for unit in task.units))
+    position = {unit: order.index(block_of(unit)) for unit in task.units}
+    return _pairs("block_pairs", task, lambda u, v: abs(position[u] - position[v]) <= 1)
+
+
+def projected_pairs(task: Task) -> Table:
+    """`measured_pairs` with its matrix projected on those without negative eigenvalues, as CLADO's
+    convex solver needs it: no plan is predicted to gain from an error.
+    """
+    table = measured_pairs(task)
+    return replace(projected(task, table), metric="projected_pairs")
+
+
+def block_of(unit: Unit) -> str:
+    """ "encoder.layer.3.attention.query" -> "encoder.layer.3": the path up to its first number"""
+    found = re.match(r"(.*?\d+)(\.|$)", unit[0])
+    return found[1] if found else unit[0].partition(".")[0]
+
+
+def projected(task: Task, table: Table) -> Table:
+    """The nearest table whose quadratic form in the choices has no negative eigenvalue.
+
+    G[(u, c), (u, c)] = noise(u in c), G[(u, c), (v, d)] = pair / 2; G <- V max(Λ, 0) Vᵀ.
+    """
+    keys = [(unit, choice.name) for unit, choice in task.changes(lambda unit: True)]
+    position = {(unit[0], name): k for k, (unit, name) in enumerate(keys)}
+    gram = torch.zeros(len(keys), len(keys), dtype=torch.float64)
+    for k, (unit, name) in enumerate(keys):
+        gram[k, k] = sum(table.values[site, name] for site in unit)
+    for (u, c, v, d), pair in table.pairs.items():
+        i, j = position[u, c], position[v, d]
+        gram[i, j] = gram[j, i] = pair / 2
+    levels, vectors = torch.linalg.eigh(gram)
+    kept = vectors @ torch.diag(levels.clamp_min(0.0)) @ vectors.T
+    shares = {
+        (site, name): float(kept[k, k]) / len(unit)
+        for k, (unit, name) in enumerate(keys)
+        for site in unit
+    }
+    pairs = {
+        (keys[i][0][0], keys[i][1], keys[j][0][0], keys[j][1]): 2 * float(kept[i, j])
+        for i in range(len(keys))
+        for j in range(i + 1, len(keys))
+        if keys[i][0] != keys[j][0] and kept[i, j] != 0.0
+    }
+    return replace(table, values={**table.values, **shares}, pairs=pairs)
+
+
+def _pairs(name: str, task: Task, is_near: IsNear) -> Table:
+    found: dict[Pair, list[float]] = {}
+
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+        reference = task.replay.run(record, {})
+        alone: dict[tuple[str, str], float] = {}
+        joint: dict[Pair, float] = {}
+        for changed, outputs in _doubles(task, record, is_wanted, is_near):
+            error = relative_difference(outputs, reference, task.excluded)
+            power = float(error.square().sum())
+            (unit, choice), *second = changed
+            if second:
+                ((other, its),) = second
+                joint[unit[0], choice.name, other[0], its.name] = power
+            else:
+                alone[unit[0], choice.name] = power
+                yield unit, choice, power
+        for (u, c, v, d), power in joint.items():
+            if (v, d) in alone:
+                found.setdefault((u, c, v, d), []).append(power - alone[u, c] - alone[v, d])
+
+    passes = 1 + task.count / 2 + _count(task, is_near) / 3
+    table = averaged(name, task, each, forward_passes=passes)
+    return replace(table, pairs={pair: sum(seen) / len(seen) for pair, seen in found.items()})
+
+
+def _count(task: Task, is_near: IsNear) -> int:
+    """How many pairs of singles there are."""
+    sizes = [(unit, len(task.options[unit[0]]) - 1) for unit in task.units]
+    return sum(n * m for k, (u, n) in enumerate(sizes) for v, m in sizes[k + 1 :] if is_near(u, v))
+
+
+Changed = list[tuple[Unit, Choice]]
+
+
+def _doubles(
+    task: Task, record: Record, is_wanted: IsWanted, is_near: IsNear
+) -> Iterator[tuple[Changed, list[Any]]]:
+    """(one or two units with their choices, outputs); a single comes behind the pairs it begins."""
+    replay, nodes = task.replay, list(task.replay.gm.graph.nodes)
+    env, left = replay.start(record), set(task.units)
+    for at, node in enumerate(nodes):
+        if node.op == "output":
+            return
+        unit = _begun(task, node, left)
+        if unit is not None and is_wanted(unit):
+            near = {other for other in left if is_near(unit, other)}
+            for choice in task.options[unit[0]][1:]:
+                yield from _seconds(task, dict(env), nodes[at:], (unit, choice), near)
+            replay.forget(unit)
+        replay.step(env, node, {})
+
+
+def _seconds(
+    task: Task, env: Env, nodes: Sequence[Node], first: tuple[Unit, Choice], near: set[Unit]
+) -> Iterator[tuple[Changed, list[Any]]]:
+    """Walk on with one unit changed; from each later one of `near`, finish with both changed."""
+    changed = dict.fromkeys(*first)
+    left = set(near)
+    for at, node in enumerate(nodes):
+        if node.op == "output":
+            yield [first], task.replay.finish(env, nodes[at:], changed)
+            return
+        unit = _begun(task, node, left)
+        for choice in task.options[unit[0]][1:] if unit is not None else ():
+            both = {**changed, **dict.fromkeys(unit, choice)}
+            yield [first, (unit, choice)], task.replay.finish(dict(env), nodes[at:], both)
+        task.replay.step(env, node, changed)
+
+
+def _begun(task: Task, node: Node, left: set[Unit]) -> Unit | None:
+    """The unit of `left` whose first site a node is; it is taken out of `left`."""
+    site = task.replay.sites.get(node.name)
+    unit = task.unit_of.get(site.name) if site else None
+    if unit not in left:
+        return None
+    left.remove(unit)
+    return unit

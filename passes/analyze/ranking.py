@@ -1,0 +1,73 @@
+"""Random plans: what a table predicts of their error, against what is measured"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from mpq_fx.facts import Choice, Table
+from mpq_fx.passes.analyze.metric import Task
+from mpq_fx.passes.analyze.replay import output_error
+
+Plan = Mapping[str, Choice]  # site -> choice; sites that are not in it stay in float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a table predicts the errors of plans."""
+
+    rank: float  # Spearman's correlation of predicted and measured
+    ratios: tuple[float, float, float]  # least, median and largest of predicted / measured
+
+
+def draw(task: Task, seed: int) -> Plan:
+    """A plan in which each unit leaves float with one probability, for a choice that is even."""
+    source = random.Random(seed)
+    share = source.random()
+    changed = [u for u in task.units if len(task.options[u[0]]) > 1 and source.random() < share]
+    picks = {unit: source.choice(task.options[unit[0]][1:]) for unit in changed}
+    return {site: choice for unit, choice in picks.items() for site in unit}
+
+
+def measured(task: Task, plans: Sequence[Plan]) -> list[float]:
+    """√ of the mean noise power of each plan over the recorded calls."""
+    powers = np.zeros(len(plans))
+    for record in task.records:
+        reference = task.replay.run(record, {})
+        found = [output_error(task.replay.run(record, p), reference, task.excluded) for p in plans]
+        powers += np.square(found)
+    return [*np.sqrt(powers / len(task.records))]
+
+
+def predicted(table: Table, plan: Plan) -> float:
+    """√ (Σ noise of singles + Σ pairs)"""
+    keys = {(site, choice.name) for site, choice in plan.items()}
+    power = sum(table.values[key] for key in keys)
+    power += sum(p for (u, c, v, d), p in table.pairs.items() if {(u, c), (v, d)} <= keys)
+    return max(power, 0.0) ** 0.5
+
+
+def agreement(table: Table, plans: Sequence[Plan], errors: Sequence[float]) -> Agreement:
+    """Of the plans that have an error at all."""
+    guesses = [predicted(table, plan) for plan in plans]
+    both = [(g, m) for g, m in zip(guesses, errors, strict=True) if m > 0]
+    ratios = [g / m for g, m in both] or [float("nan")]
+    rank = spearman([g for g, _ in both], [m for _, m in both])
+    return Agreement(rank, (min(ratios), median(ratios), max(ratios)))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation of ranks, equal values sharing their mean rank; NaN where all are equal."""
+    one, two = (_ranks(np.asarray(values)) for values in (a, b))
+    if len(one) < 2 or one.std() == 0 or two.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(one, two)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[inverse]
