@@ -91,8 +91,10 @@ def _owners(
             continue
         storages = _storages(env[node])
         base = next((n for n, held in operands.items() if held.keys() & storages.keys()), None)
-        owners[node] = owners.get(base, base) if base is not None else node
-        if base is None and storages:
+        if base is not None:
+            owners[node] = owners.get(base, base)
+        elif storages:
+            owners[node] = node
             made[node] = sum(storages.values()), _itemsize(env[node])
     return owners, made
 

@@ -41,7 +41,7 @@ def hessian_trace(task: Task) -> Table:
 def mean_curvature(task: Task, at: Linearized) -> dict[tuple[str, str], float]:
     """{(site, tensor): Tr(H_tt) / n_t}"""
     sums: dict[tuple[str, str], float] = {}
-    before = 0.0
+    before, count = 0.0, 1
     for count, z in enumerate(probes(task, at.outputs, MOST), 1):
         for site, g in pull_back(at, z).items():
             for name, (gradient, numel) in _gradients(task.replay, at, site, g).items():

@@ -142,10 +142,10 @@ def _seconds(
         if node.op == "output":
             yield [first], task.replay.finish(env, nodes[at:], changed)
             return
-        unit = _begun(task, node, left)
-        for choice in task.options[unit[0]][1:] if unit is not None else ():
-            both = {**changed, **dict.fromkeys(unit, choice)}
-            yield [first, (unit, choice)], task.replay.finish(dict(env), nodes[at:], both)
+        if unit := _begun(task, node, left):
+            for choice in task.options[unit[0]][1:]:
+                both = {**changed, **dict.fromkeys(unit, choice)}
+                yield [first, (unit, choice)], task.replay.finish(dict(env), nodes[at:], both)
         task.replay.step(env, node, changed)
 
 
