@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
+from torch._dynamo import config
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.utils import counters
@@ -59,6 +61,11 @@ def compile_apart(model: Any, **options: Any) -> Any:
     known = inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     return torch.compile(model, backend="mpq", options=options, **apart)  # type: ignore[call-overload]
+
+
+def many_variants(count: int) -> AbstractContextManager[Any]:
+    """While entered, one model may be compiled `count` times more than Dynamo's limit allows."""
+    return config.patch(recompile_limit=config.recompile_limit + count)
 
 
 def passed_on(error: MpqError) -> MpqError:

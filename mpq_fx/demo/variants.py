@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import mpq_fx
 from mpq_fx.config import Config
 from mpq_fx.demo.nets import Batch, Scores, Subject
+from mpq_fx.dynamo import many_variants
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Plan
 from mpq_fx.numerics import relative_rms
@@ -27,7 +29,12 @@ ROUNDS = 200  # timed calls of each variant, as far as the seconds allow
 MODES: dict[str, dict[str, Any]] = {
     "": {"freezing": False},
     ", frozen": {"freezing": True},
-    ", max-autotune": {"freezing": True, "max_autotune": True},
+    ", max-autotune": {
+        "freezing": True,
+        "max_autotune": True,
+        "autotune_num_choices_displayed": 0,  # nothing on the terminal
+        "max_autotune_report_choices_stats": False,
+    },
 }
 Run = Callable[..., Tensor]
 
@@ -65,17 +72,18 @@ def measure(
 ) -> list[Measurement]:
     """Build every variant of one net, then judge all and time them in turn."""
     is_timed = target != "reference"
-    variants = [Variant(EAGER, subject.model)]
-    for dtype in (torch.float32, torch.bfloat16) if is_timed else ():
-        for mode in MODES:
+    dtypes = (torch.float32, torch.bfloat16) if is_timed else ()
+    with many_variants(len(dtypes) * len(MODES) + len(tolerances)):
+        variants = [Variant(EAGER, subject.model)]
+        for dtype, mode in itertools.product(dtypes, MODES):
             say(f"compiling {INDUCTOR} {name_of(dtype)}{mode}")
             variants.append(inductor(subject, dtype, mode))
-    for tolerance in tolerances:
-        say(f"planning at tolerance {tolerance}")
-        config = Config(tolerance=tolerance, target=target, time_budget=BUDGET)
-        variants.append(quantized(subject, config))
-    say("measuring")
-    return judged(subject, variants, seconds if is_timed else 0.0)
+        for tolerance in tolerances:
+            say(f"planning at tolerance {tolerance}")
+            config = Config(tolerance=tolerance, target=target, time_budget=BUDGET)
+            variants.append(quantized(subject, config))
+        say("measuring")
+        return judged(subject, variants, seconds if is_timed else 0.0)
 
 
 def inductor(subject: Subject, dtype: torch.dtype, mode: str) -> Variant:

@@ -92,7 +92,7 @@ def _owners(
         storages = _storages(env[node])
         base = next((n for n, held in operands.items() if held.keys() & storages.keys()), None)
         if base is not None:
-            owners[node] = owners[base] if base in owners else base
+            owners[node] = owners.get(base) or base
         elif storages:
             owners[node] = node
             made[node] = sum(storages.values()), _itemsize(env[node])
