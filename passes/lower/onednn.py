@@ -100,7 +100,8 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
 
 
 def swap_sums(gm: GraphModule) -> int:
-    """linear(x) + y  ->  y + linear(x), and linear(x) + linear(z)  ->  linear(x) - (-linear(z))
+    """linear(x) + y  ->  y + linear(x),  linear(x) + linear(z)  ->  linear(x) - (-linear(z)), and
+    linear(x) + 2  ->  linear(x) - (-2)
 
     Inductor takes a linear in front of a plus for one with a bias to be joined, and asserts that it
     packed the weight itself (torch 2.13).
@@ -116,6 +117,9 @@ def swap_sums(gm: GraphModule) -> int:
             gm.graph.erase_node(node)
         elif isinstance(second, Node):
             node.args = (second, first)
+        else:
+            node.replace_all_uses_with(insert_call(node, aten.sub.Tensor, (first, -second)))
+            gm.graph.erase_node(node)
         found += 1
     return found
 

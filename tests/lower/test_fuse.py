@@ -12,7 +12,7 @@ from torch.nn.functional import relu
 from mpq_fx.graph import ops
 from mpq_fx.passes.lower import onednn
 from mpq_fx.passes.lower.inductor import INT8, compile_frozen
-from mpq_fx.passes.lower.onednn import BF16, STATIC
+from mpq_fx.passes.lower.onednn import BF16, ONEDNN, STATIC
 from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn
@@ -143,3 +143,23 @@ def test_the_comparison_bites(isolated, image, monkeypatch, bug):
 
     monkeypatch.setattr(onednn, "sum_tail_of", wrong)
     assert Lowered(Residual(nn.Identity()), image, STATIC).error() > LIMIT
+
+
+@pytest.mark.parametrize(
+    "plus", [lambda y: y + 1.5, lambda y: 2 + y, lambda y: y + y], ids=["1.5", "2", "itself"]
+)
+def test_what_is_added_to_a_bfloat16_linear_compiles(plus):
+    """Inductor takes a packed linear in front of a plus for one of its own, and asserts it."""
+
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 48)
+
+        def forward(self, x):
+            return plus(self.fc(x))
+
+    made = Lowered(Plus(), torch.randn(8, 64), BF16)
+    inputs = [n.meta["val"] for n in made.folded.gm.graph.find_nodes(op="placeholder")]
+    compiled = ONEDNN.compile(made.folded.gm, inputs, "")
+    assert made.error(compiled.run) <= 2**-8

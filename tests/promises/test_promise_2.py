@@ -165,6 +165,26 @@ def test_a_mode_that_does_not_compile_takes_nothing_from_the_winner(isolated, mo
     assert "'plan' did not compile with broken: no such instruction" in plan.notes
 
 
+def test_a_mode_that_computes_something_else_is_told_and_left(isolated, monkeypatch, tuned):
+    def compile_in_mode(gm, inputs, mode):
+        made = REFERENCE.compile(gm, inputs, mode)
+        if mode != "wrong":
+            return made
+        return replace(made, run=lambda *args: [3.0 * y for y in made.run(*args)])
+
+    target = replace(
+        REFERENCE, is_timed=True, modes=lambda planned: ("wrong",), compile=compile_in_mode
+    )
+    monkeypatch.setattr(passes, "TARGETS", (target,))
+    plan = tuned()
+    assert plan.winner == "plan"
+    assert {row.mode for row in plan.ledger} == {""}
+    assert any(
+        note.startswith("with wrong the plan computed something else") for note in plan.notes
+    )
+    assert plan.errors["plan"] <= plan.tolerance
+
+
 def test_a_faster_plan_above_the_tolerance_is_not_raced(isolated, world, race):
     race[0]["all int8"] = 1.0
     batches = [world.batch(k) for k in range(4)]
