@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 250
+CHARACTER = 6.4  # width of one in the font of the page
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 36
 
 
@@ -89,7 +90,8 @@ def columns(title: str, bars: Sequence[Bar], label: str) -> str:
 def rows(title: str, bars: Sequence[Bar], unit: str) -> str:
     """One thick row per variant or stage: label, bar, number."""
     top = max((bar.value for bar in bars), default=0.0) or 1.0
-    left, right, step = 150, 190, 30
+    longest = max((len(bar.label) for bar in bars), default=0)
+    left, right, step = max(110, 16 + CHARACTER * longest), 190, 30
     x = Axis(0.0, top, left, WIDTH - right)
     parts = []
     for k, bar in enumerate(bars):

@@ -13,7 +13,7 @@ import pytest
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Row, Site
 from mpq_fx.report import coverage, dynamo_lines, offers, report_of, steps
-from mpq_fx.report_svg import Axis, Bar, columns
+from mpq_fx.report_svg import Axis, Bar, columns, rows
 from mpq_fx.report_text import shorten, text
 
 DYNAMO = {
@@ -299,3 +299,10 @@ def test_columns_stand_in_proportion():
     drawn = columns("sizes", [Bar("a", 1.0, "c0", "a"), Bar("b", 2.0, "c1", "b")], "ms")
     low, high = (float(h) for h in re.findall(r'class="c\d".*?height="([\d.]+)"', drawn))
     assert high == pytest.approx(2 * low, abs=0.2)
+
+
+def test_a_long_name_has_room_beside_its_bar():
+    name = "all bfloat16, int8 templates, C++ wrapper"
+    drawn = rows("race", [Bar(name, 1.0, "win", ""), Bar("plan", 2.0, "own", "")], "ms")
+    left = min(float(x) for x in re.findall(r'<rect[^>]* x="([\d.]+)"', drawn))
+    assert left >= 6 * len(name)
