@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import FORMATS
+from mpq_fx.graph import arguments
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
 
@@ -138,5 +139,5 @@ def _reads(site: Site, reader: Node, owner: Node, owners: Mapping[Node, Node]) -
     if site.op == "residual" or str(reader.target) not in OPERANDS:
         return False
     operands = OPERANDS[str(reader.target)]
-    x = reader.args[operands.activation]
-    return operands.kind in ("matmul", "attention") or owners.get(x) is owner  # type: ignore[arg-type]
+    x = arguments(reader)[operands.activation]
+    return operands.kind in ("matmul", "attention") or owners.get(x) is owner

@@ -11,6 +11,8 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from torch.fx import Node
+
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.replay import Replayer
 
@@ -112,16 +114,23 @@ def singles(
     for at, node in enumerate(nodes):
         if node.op == "output":
             return
-        site = replay.sites.get(node.name)
-        unit = task.unit_of.get(site.name) if site else None
-        if unit is not None and unit in left:
-            left.remove(unit)
-            if is_wanted(unit):
-                for choice in task.options[unit[0]][1:]:
-                    changed = dict.fromkeys(unit, choice)
-                    yield unit, choice, replay.finish(dict(env), nodes[at:], changed)
-                replay.forget(unit)
+        unit = begun(task, node, left)
+        if unit is not None and is_wanted(unit):
+            for choice in task.options[unit[0]][1:]:
+                changed = dict.fromkeys(unit, choice)
+                yield unit, choice, replay.finish(dict(env), nodes[at:], changed)
+            replay.forget(unit)
         replay.step(env, node, {})
+
+
+def begun(task: Task, node: Node, left: set[Unit]) -> Unit | None:
+    """The unit of `left` whose first site a node is; it is taken out of `left`."""
+    site = task.replay.sites.get(node.name)
+    unit = task.unit_of.get(site.name) if site else None
+    if unit is None or unit not in left:
+        return None
+    left.remove(unit)
+    return unit
 
 
 def on_pace(kinds: Mapping[Unit, Kind], begin: float, deadline: float) -> IsWanted:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from mpq_fx.facts import Choice, Table
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, begun
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import Pair, relative_difference
 from mpq_fx.passes.analyze.replay import Env
 
@@ -123,7 +123,7 @@ def _doubles(
     for at, node in enumerate(nodes):
         if node.op == "output":
             return
-        unit = _begun(task, node, left)
+        unit = begun(task, node, left)
         if unit is not None and is_wanted(unit):
             near = {other for other in left if is_near(unit, other)}
             for choice in task.options[unit[0]][1:]:
@@ -142,18 +142,8 @@ def _seconds(
         if node.op == "output":
             yield [first], task.replay.finish(env, nodes[at:], changed)
             return
-        if unit := _begun(task, node, left):
+        if unit := begun(task, node, left):
             for choice in task.options[unit[0]][1:]:
                 both = {**changed, **dict.fromkeys(unit, choice)}
                 yield [first, (unit, choice)], task.replay.finish(dict(env), nodes[at:], both)
         task.replay.step(env, node, changed)
-
-
-def _begun(task: Task, node: Node, left: set[Unit]) -> Unit | None:
-    """The unit of `left` whose first site a node is; it is taken out of `left`."""
-    site = task.replay.sites.get(node.name)
-    unit = task.unit_of.get(site.name) if site else None
-    if unit not in left:
-        return None
-    left.remove(unit)
-    return unit
