@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mpq-fx", "torch", "triton", "ortools", "safetensors", "numpy", "torch-tensorrt")
 
+SCALAR = "scalar"
+NO_VECTORS = (
+    "Inductor compiles no vectors here, so every kernel that it writes is many times slower: its "
+    "trial program was not built, or not loaded by a Python in this directory.  Is a C++ compiler "
+    "installed?  Is there a file beside you named like a module of Python (ctypes.py, types.py)?"
+)
+
 
 @dataclass(frozen=True)
 class TargetFacts:
@@ -38,11 +45,13 @@ class Examination:
 def examine() -> Examination:
     """Look at everything that decides what mpq can do here."""
     versions = {name: _version(name) for name in PACKAGES}
-    targets = _targets()
+    machine, targets = _machine(), _targets()
     problems = [*torch_problems(versions["torch"])]
+    if machine["generated C++"] == SCALAR:
+        problems.append(NO_VECTORS)
     if all(target.unavailable for target in targets):
         problems.append("no target can run here: every layer would stay in float")
-    return Examination(versions, _machine(), targets, tuple(problems))
+    return Examination(versions, machine, targets, tuple(problems))
 
 
 def torch_problems(found: str, wanted: str | None = None) -> list[str]:
@@ -130,10 +139,19 @@ def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "generated C++": generated_vectors(),
         "threads": str(torch.get_num_threads()),
         "oneDNN": (mkldnn[1] or mkldnn[2]) if mkldnn else "absent from this PyTorch",
         "GPU": torch.cuda.get_device_name() if cuda else "none that PyTorch can use",
     }
+
+
+def generated_vectors() -> str:
+    """The instruction set that Inductor's own kernels are compiled for, or "scalar"."""
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
+
+    found = pick_vec_isa()
+    return SCALAR if found == invalid_vec_isa else str(found)
 
 
 def _version(name: str) -> str:

@@ -35,20 +35,21 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
 
     Matmuls whose activation is not of one of `dtypes` stay calls into oneDNN.
     """
-    from torch._inductor import quantized_lowerings as weight_only
     from torch._inductor.codegen.common import KernelTemplate
     from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate as Template
+    from torch._inductor.select_algorithm import get_algorithm_selector_cache
 
     found: list[Redo] = []
     choice = _Choice()
     add = Template.__dict__["add_choices"].__func__
     pack = Template.__dict__["prep_weight"].__func__
     parse = KernelTemplate._template_from_string
+    selector = get_algorithm_selector_cache()
+    filters = [*selector.preprocessing_fns, templates_alone]
     with (
+        patch.object(selector, "preprocessing_fns", filters),
         patch.object(Template, "add_choices", classmethod(_noting(choice, add, dtypes))),
         patch.object(Template, "prep_weight", classmethod(_collecting(choice, pack, found))),
-        # What gets no template needs a callee, also where C++ is the only backend.
-        patch.object(weight_only, "use_aten_gemm_kernels", lambda: True),
         # Inductor parses the same templates again for every matmul: a third of the time.
         patch.object(KernelTemplate, "_template_from_string", staticmethod(cache(parse))),
     ):
@@ -58,9 +59,11 @@ def recording(dtypes: Collection[torch.dtype]) -> Iterator[list[Redo]]:
 def _noting(
     choice: _Choice, add: Callable[..., Any], dtypes: Collection[torch.dtype]
 ) -> Callable[..., Any]:
-    """add_choices that notes which operand is the weight, and adds none for other dtypes, or where
-    a callee is as good.
+    """add_choices that notes which operand is the weight, and adds none for other dtypes, where a
+    callee is as good, or for the product of two activations: the template would pack one of them
+    in every call, and fails on some sums behind a batch of them (torch 2.13).
     """
+    from torch._inductor.virtualized import V
 
     def add_choices(
         cls: Any, choices: Any, layout: Any, input_nodes: Sequence[Any], *args: Any, **kwargs: Any
@@ -69,7 +72,8 @@ def _noting(
         first = 1 if kwargs.get("has_bias") else 0
         x, weight = (input_nodes[order[k]] for k in (first, first + 1))
         if (
-            x.get_dtype() not in dtypes
+            weight.get_name() not in V.graph.constants
+            or x.get_dtype() not in dtypes
             or overruns(x.get_dtype(), kwargs)
             or not layout.dtype.is_floating_point  # its scale would be part of the code
             or is_weight_only(x.get_dtype(), weight.get_dtype())
@@ -81,6 +85,13 @@ def _noting(
         return add(cls, choices, layout, input_nodes, *args, **kwargs)
 
     return add_choices
+
+
+def templates_alone(choices: list[Any]) -> list[Any]:
+    """The templates where there are some, else the callees: nothing is left to be timed."""
+    from torch._inductor.select_algorithm import ExternKernelCaller
+
+    return [c for c in choices if not isinstance(c, ExternKernelCaller)] or choices
 
 
 def is_weight_only(x: torch.dtype, weight: torch.dtype) -> bool:

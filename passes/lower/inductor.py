@@ -27,7 +27,7 @@ FROZEN: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": False}
 TEMPLATES: dict[str, Any] = {
     **FROZEN,
     "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP",  # no timing of single ops: whole graphs are raced instead
+    "max_autotune_gemm_backends": "CPP,ATEN",  # not timed by op: whole graphs are raced instead
 }
 INT8, ALL, WRAPPER = "int8 templates", "templates", "C++ wrapper"
 OPERANDS = {  # mode -> dtypes of activations whose matmuls become templates
@@ -75,8 +75,9 @@ def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) ->
 def adding_in_place() -> AbstractContextManager[Any]:
     """Lets an integer matmul add into every operand that the lowering allowed it to overwrite.
 
-    Into a view, as the pixels of a convolution are one, Inductor would not; it would take the
-    operand's codes for numbers instead, without their scale (torch 2.13).
+    Other sums beside one are hidden (`sums`), so it is asked for no other.  Into a view, as the
+    pixels of a convolution are one, Inductor would not; it would take the operand's codes for
+    numbers instead, without their scale (torch 2.13).
     """
     from torch._inductor.fx_passes import mkldnn_fusion
 

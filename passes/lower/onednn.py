@@ -23,12 +23,22 @@ from mpq_fx.formats import format_named
 from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
-from mpq_fx.passes.lower.fuse import Addend, Post, Tail, float_tail_of, sum_tail_of, tail_of
+from mpq_fx.passes.lower.fuse import (
+    Addend,
+    Post,
+    Tail,
+    float_tail_of,
+    may_alias,
+    only_user,
+    sum_tail_of,
+    tail_of,
+)
 from mpq_fx.passes.lower.inductor import compile_frozen, finishing, kernels_of
 from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.pointwise import as_maps, as_rows, is_pointwise
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
 from mpq_fx.passes.lower.signal import as_image, as_signal, image_window
+from mpq_fx.passes.lower.sums import hide_sums
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite.float_op import CAST, cast_to
 
@@ -94,38 +104,9 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
         erase_unread(tail.last)
         kernels |= dict.fromkeys(node.meta.get(SITE, ()), callee)
     decompose_quantize(gm)
-    swap_sums(gm)
+    hide_sums(gm)
     remove_dead(gm)
     return Lowered(kernels)
-
-
-def swap_sums(gm: GraphModule) -> int:
-    """linear(x) + y  ->  y + linear(x),  linear(x) + linear(z)  ->  linear(x) - (-linear(z)), and
-    linear(x) + 2  ->  linear(x) - (-2)
-
-    Inductor takes a linear in front of a plus for one with a bias to be joined, and asserts that it
-    packed the weight itself (torch 2.13).
-    """
-    found = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-        first, second = arguments(node)
-        if not is_packed_linear(first):
-            continue
-        if is_packed_linear(second):
-            minus = insert_call(node, aten.neg.default, (second,))
-            node.replace_all_uses_with(insert_call(node, aten.sub.Tensor, (first, minus)))
-            gm.graph.erase_node(node)
-        elif isinstance(second, Node):
-            node.args = (second, first)
-        else:
-            node.replace_all_uses_with(insert_call(node, aten.sub.Tensor, (first, -second)))
-            gm.graph.erase_node(node)
-        found += 1
-    return found
-
-
-def is_packed_linear(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is mkldnn._linear_pointwise.default
 
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
@@ -264,8 +245,24 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tu
     rows = math.prod(hint(size) for size in value(x).shape[:-1])
     packed = pack(node, mkldnn._reorder_linear_weight.default, (w, rows), value(w))
     post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
+    is_hidden = is_between_views(x, tail.last)
+    x = insert_call(node, aten.unsqueeze.default, (x, 0)) if is_hidden else x
     args = (x, packed, owned(node, bias), *post)
-    return insert_call(node, mkldnn._linear_pointwise.default, args), "mkldnn._linear_pointwise"
+    y = insert_call(node, mkldnn._linear_pointwise.default, args)
+    y = insert_call(node, aten.squeeze.dim, (y, 0)) if is_hidden else y
+    return y, "mkldnn._linear_pointwise"
+
+
+def is_between_views(x: Node, last: Node) -> bool:
+    """Does Inductor take reshape(linear(reshape(z)), …) for a linear that it made two-dimensional
+    itself, and assert it (torch 2.13)?  One more dimension of size 1 hides it.
+    """
+    after = only_user(last)
+    return value(x).dim() != 2 and is_view(x) and after is not None and is_view(after)
+
+
+def is_view(node: Node) -> bool:
+    return node.op == "call_function" and node.target is not CAST and may_alias(node)
 
 
 def lower_float_conv(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:

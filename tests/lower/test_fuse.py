@@ -163,3 +163,70 @@ def test_what_is_added_to_a_bfloat16_linear_compiles(plus):
     inputs = [n.meta["val"] for n in made.folded.gm.graph.find_nodes(op="placeholder")]
     compiled = ONEDNN.compile(made.folded.gm, inputs, "")
     assert made.error(compiled.run) <= 2**-8
+
+
+class Block(nn.Module):
+    """A transformer's block with its attention written out, so that matmuls of values stand in it.
+
+    The residual is read by the norm behind the sum alone, and three bfloat16 layers are around.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.wide, self.narrow = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.first, self.second = nn.LayerNorm(64), nn.LayerNorm(64)
+
+    def forward(self, x):
+        seen = torch.softmax(self.query(x) @ x.transpose(-1, -2), -1) @ x
+        x = self.first(self.out(seen) + x)
+        return self.second(self.narrow(torch.relu(self.wide(x))) + x)
+
+
+MIX = {"1.out": STATIC, "query": BF16, "wide": BF16, "narrow": BF16}
+
+
+@pytest.mark.parametrize("wanted", [STATIC, MIX], ids=["int8", "mix"])
+@pytest.mark.parametrize("mode", ["", INT8])
+def test_a_sum_behind_an_integer_linear_shares_no_memory_with_what_is_read_later(
+    isolated, wanted, mode
+):
+    """As a template with the sum inside, Inductor gave the memory of the residual away twice."""
+    made = Lowered(
+        nn.Sequential(*(Block() for _ in range(3))), torch.randn(4, 16, 64), wanted, mode
+    )
+    run = compile_frozen(made.folded.gm, made.arguments, mode).run
+    assert made.error(run) < LIMIT
+
+
+def test_the_factor_of_a_sum_is_kept(isolated):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = torch.add(self.layer(x), x, alpha=3)
+            return torch.add(torch.add(x.sin(), self.layer(y), alpha=2), 1, alpha=2)
+
+    for wanted in (STATIC, BF16, {"": STATIC, "residual": STATIC}):
+        made = Lowered(Scaled(), torch.randn(8, 64), wanted)
+        assert made.error(compile_frozen(made.folded.gm, made.arguments, "").run) < LIMIT
+
+
+@pytest.mark.parametrize("choice", [BF16, None], ids=["bf16", "float"])
+@pytest.mark.parametrize("fold", [lambda y: y.relu(), lambda y: y], ids=["relu", "plain"])
+def test_a_linear_between_two_views_compiles(isolated, choice, fold):
+    """As windows of pixels are projected to heads; torch 2.13 asserts that the view is a matrix."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.Linear(16, 48)
+
+        def forward(self, x):
+            windows = x.sin().view(2, 4, 4, 16).transpose(1, 2).reshape(8, 4, 16)
+            return fold(self.heads(windows)).reshape(8, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)
+
+    made = Lowered(Windows(), torch.randn(2, 16, 16), {} if choice is None else choice)
+    assert made.error(compile_frozen(made.folded.gm, made.arguments, "").run) < LIMIT

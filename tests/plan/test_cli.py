@@ -281,6 +281,7 @@ def test_doctor_names_versions_targets_and_their_choices(run):
         "ortools",
         "oneDNN",
         "instruction set",
+        "generated C++",
         "reference  available",
         "linear: ",
         "torch-tensorrt",
@@ -309,6 +310,15 @@ def test_a_torch_that_was_never_tested_is_named(version, is_tested):
 def test_the_tested_versions_are_those_the_package_asks_for():
     assert examine().problems == ()
     assert torch_problems("1.13.0")
+
+
+def test_doctor_finds_generated_code_without_vectors(tmp_path):
+    (tmp_path / "ctypes.py").write_text("")  # Inductor tries its vectors here, by loading them
+    command = [Path(sys.executable).parent / "mpq", "doctor"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "problem: Inductor compiles no vectors here" in " ".join(done.stdout.split()), (
+        done.stderr
+    )
 
 
 def test_doctor_says_what_this_machine_refuses_and_why(run, monkeypatch):
