@@ -21,6 +21,8 @@ from mpq_fx.sizes import size_guard
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
+WRONG = 3.0  # times what is allowed: a difference that rounding does not explain
+
 
 @dataclass(frozen=True)
 class Variant:

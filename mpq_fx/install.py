@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mpq_fx.binding import Binding
+from mpq_fx.binding import Binding, Installed
 from mpq_fx.build import lower
 from mpq_fx.config import Config
 from mpq_fx.describe import fingerprint
 from mpq_fx.errors import MpqError, PlanError
 from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
+from mpq_fx.first_call import install_compared
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
@@ -45,16 +47,24 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
     if mode == INDUCTOR:
         binding.keep_float(FLOAT_WINS, plan)
         return
+    compiled = partial(_lowered, graph, target, binding, choices, plan)
+    if mode:
+        install_compared(binding, plan, compiled(mode), mode, partial(compiled, ""))
+    else:
+        binding.install(compiled(mode), plan)
+
+
+def _lowered(
+    graph: Graph,
+    target: Target,
+    binding: Binding,
+    choices: Mapping[str, Choice],
+    plan: Plan,
+    mode: str,
+) -> Installed:
+    scales = scales_of(plan, binding.site_names)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        installed, _ = lower(
-            graph,
-            target,
-            binding.values(),
-            choices,
-            scales_of(plan, binding.site_names),
-            mode,
-        )
-    binding.install(installed, plan)
+        return lower(graph, target, binding.values(), choices, scales, mode)[0]
 
 
 def warn_of_machine(plan: Plan, target: Target) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mpq_fx.binding import fresh
-from mpq_fx.build import Variant, build, caller
+from mpq_fx.build import WRONG, Variant, build, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import first_line
@@ -31,7 +31,6 @@ ALL_FLOAT = "all float"  # every site by the target, in the model's own dtype
 SLOW_MODE, SIMPLER_PLAN, MORE_MODES = 0.5, 1.0, 0.75
 HOPELESS = 1.5  # with this many times the plan's predicted latency a simpler one does not race
 CLOSE = 1.1  # within this share of the winner's time all bfloat16 is tried in other modes, too
-WRONG = 3.0  # times the tolerance: an error that rounding does not explain
 RETRIES = 3  # solves with a tighter tolerance when kernels round worse than the replay
 
 
