@@ -22,9 +22,10 @@ from mpq_fx.passes.analyze.activation_memory import Live, live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import Metric, Task
-from mpq_fx.passes.analyze.observe import Observed, concrete, observe, static_scales
+from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
+from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
 
@@ -78,15 +79,16 @@ def measure(
         seen = observe(replay, parts.fit)
         proposal = _proposal(graph, binding, config, target, seen)
         replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
-        references = tuple(replay.run(record, {}) for record in parts.choose)
+        first, *others = parts.choose
+        traced = trace(replay, first)
+        references = (traced.outputs, *(replay.run(record, {}) for record in others))
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
     error = _error_table(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
-        sites = concrete(replay, graph.sites, parts.choose[0])
-        live = live_sets(replay, parts.choose[0])
+        sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
         float_ms = _float_ms(target, run_float, parts.choose[0])

@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import FORMATS
 from mpq_fx.graph import arguments
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
+from mpq_fx.passes.analyze.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Value:
 Live = tuple[Value, ...]
 
 
-def live_sets(replay: Replayer, record: Sequence[Any]) -> tuple[Live, ...]:
+def live_sets(replay: Replayer, traced: Trace) -> tuple[Live, ...]:
     """What is live at each op of one recorded call, without sets that are part of another."""
-    owners, bytes_of = _owners(replay, record)
+    owners, bytes_of = traced.owners, traced.made
     order = {node: k for k, node in enumerate(replay.gm.graph.nodes)}
     values = {node: _value(replay, node, owners, *bytes_of[node]) for node in bytes_of}
     last = {node: max(order[user] for user in _readers(node, owners)) for node in values}
@@ -70,45 +68,6 @@ def _stored_in(choice: Choice | None) -> str:
     if choice is None or choice.scaling == "dynamic" or choice.activation not in FORMATS:
         return ""
     return choice.activation
-
-
-def _owners(
-    replay: Replayer, record: Sequence[Any]
-) -> tuple[dict[Node, Node], dict[Node, tuple[int, int]]]:
-    """node -> the node whose memory its value lies in, and of each that made it (bytes, itemsize).
-
-    Told by one run: a value lies in an operand's memory if their storages are the same.
-    """
-    env = replay.start(record)
-    outside = set(env)
-    owners: dict[Node, Node] = {}
-    made: dict[Node, tuple[int, int]] = {}
-    for node in replay.gm.graph.nodes:
-        if node.op == "output":
-            break
-        operands = {n: _storages(env[n]) for n in node.all_input_nodes}
-        replay.step(env, node, {})
-        if node in outside or node not in env:
-            continue
-        storages = _storages(env[node])
-        base = next((n for n, held in operands.items() if held.keys() & storages.keys()), None)
-        if base is not None:
-            owners[node] = owners.get(base) or base
-        elif storages:
-            owners[node] = node
-            made[node] = sum(storages.values()), _itemsize(env[node])
-    return owners, made
-
-
-def _storages(value: Any) -> dict[int, int]:
-    """{address: bytes} of what a value, perhaps a tuple of tensors, occupies."""
-    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-    found = [x.untyped_storage() for x in tensors]
-    return {s.data_ptr(): s.nbytes() for s in found if s.nbytes()}
-
-
-def _itemsize(value: Any) -> int:
-    return next(x.itemsize for x in tree_leaves(value) if isinstance(x, Tensor))
 
 
 def _readers(owner: Node, owners: Mapping[Node, Node]) -> list[Node]:

@@ -6,10 +6,15 @@ import torch
 from torch.nn import functional
 
 from mpq_fx.passes.analyze.activation_memory import Value, live_sets, peak, stored_bytes
+from mpq_fx.passes.analyze.trace import trace
 from tests.architectures import values
 from tests.passes.conftest import BF16, DYNAMIC, STATIC, WEIGHT_ONLY, subject
 
 B, K, N = 5, 16, 24
+
+
+def live(net):
+    return live_sets(net.replay(), trace(net.replay(), net.calls[0]))
 
 
 def held_at_most(net, call) -> int:
@@ -34,7 +39,7 @@ def pointer(x: torch.Tensor) -> int:
 
 def test_the_float_peak_is_what_a_run_holds_at_most(net, qkv):
     for each in (net, qkv, subject(winding, (values(K, K), values(K, K)), B, K)):
-        found = live_sets(each.replay(), each.calls[0])
+        found = live(each)
         assert peak(found, {}) == held_at_most(each, each.calls[0])
 
 
@@ -48,7 +53,7 @@ def winding(x, up, down):
 
 def test_a_view_takes_no_bytes_of_its_own_and_inputs_are_the_callers():
     net = subject(lambda x, w: (functional.linear(x.reshape(-1, K), w),), (values(N, K),), B, K)
-    assert peak(live_sets(net.replay(), net.calls[0]), {}) == 4 * B * N
+    assert peak(live(net), {}) == 4 * B * N
 
 
 def test_a_value_is_stored_in_the_format_of_all_its_readers():
@@ -57,7 +62,7 @@ def test_a_value_is_stored_in_the_format_of_all_its_readers():
 
     net = subject(mlp, (values(N, K), values(K, N)), B, K)
     up, down = (site.name for site in net.sites)
-    found = live_sets(net.replay(), net.calls[0])
+    found = live(net)
     # gelu(up(x)) is read by `down` alone; the op that makes it holds what it reads, too.
     assert peak(found, {}) == 4 * B * N * 2
     assert peak(found, {down: BF16}) == 4 * B * N + 2 * B * N
@@ -82,11 +87,11 @@ def test_a_residual_is_stored_as_its_site_says():
 
     net = subject(block, (values(K, K), values(K, K)), B, K)
     kept = [site for site in net.sites if site.op == "residual"]
-    found = live_sets(net.replay(), net.calls[0])
+    found = live(net)
     for site in kept:
         assert peak(found, {site.name: BF16}) <= peak(found, {})
 
 
 def test_no_set_is_part_of_another(net):
-    found = [frozenset(map(id, live)) for live in live_sets(net.replay(), net.calls[0])]
+    found = [frozenset(map(id, sets)) for sets in live(net)]
     assert not any(a < b for a in found for b in found)
