@@ -1,10 +1,11 @@
-"""Every plan of a small net measured -> how far each metric with the solver lands from the optimum.
+"""Every plan of a small net measured -> how far each search lands from the optimum.
 
     python bench/regret.py vit [--metrics measured,fisher,…] [--units 8] [--choices 3]
 
 Least joint error under a budget of bit operations, at five budgets between the cheapest plan and
 the dearest.  The optimum is taken among all plans, by their measured joint error.  A metric fills
-the table, CP-SAT solves it, and that plan is looked up.  Regret = its error / the least one - 1.
+the table, an allocator solves it (ours, with pairs, and those of other tools), and that plan is
+looked up.  Regret = its error / the least one - 1.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 
 import torch
+from allocators import RIVALS, Rival, budget, spent
 from results import parser
 from sensitivity import looked_on
 
@@ -32,15 +35,23 @@ Key = tuple[str, ...]  # a choice for each unit, by name
 
 @dataclass(frozen=True)
 class Regret:
-    """Of one metric, over all budgets."""
+    """Of one search, over the budgets that it kept to."""
 
-    metric: str
-    mean: float
-    worst: float
+    search: Rival
+    regrets: tuple[float | None, ...]  # None: no plan, or one above the budget
     forward_passes: float
 
+    def __str__(self) -> str:
+        found = [r for r in self.regrets if r is not None]
+        missed = len(self.regrets) - len(found)
+        numbers = f"{mean(found):8.2%} mean {max(found):8.2%} worst" if found else "no plan"
+        cost = f"{self.forward_passes:5.0f} forward passes a call"
+        return f"{self.search.name:26} {self.search.metric:20} {numbers:28} {cost}" + (
+            f", {missed} of {len(self.regrets)} budgets missed" if missed else ""
+        )
 
-def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list[Regret]:
+
+def compare(name: str, searches: Sequence[Rival], units: int, choices: int) -> list[Regret]:
     found: list[Regret] = []
 
     def looking_on(task: Task) -> None:
@@ -48,12 +59,12 @@ def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list
         costs = sizes(tuple(task.replay.sites.values()), small.options)["bops"].values
         every = enumerated(small)
         errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
-        for metric in metrics:
-            table = METRICS.named(metric)(small)
-            regrets = [regret(small, table, costs, errors, share) for share in SHARES]
-            passes = table.provenance["forward_passes"]
-            mean = sum(regrets) / len(regrets)
-            found.append(Regret(metric, mean, max(regrets), passes))
+        tables = {m: METRICS.named(m)(small) for m in dict.fromkeys(s.metric for s in searches)}
+        for search in searches:
+            table = tables[search.metric]
+            asked = [problem_of(small, table, costs, share) for share in SHARES]
+            regrets = tuple(regret(problem, search, errors) for problem in asked)
+            found.append(Regret(search, regrets, table.provenance["forward_passes"]))
 
     looked_on(SUBJECTS[name](), looking_on)
     return found
@@ -83,36 +94,46 @@ def enumerated(task: Task) -> dict[Key, Mapping[str, Choice]]:
     return plans
 
 
-def regret(
-    task: Task,
-    table: Table,
-    costs: Mapping[tuple[str, str], float],
-    errors: Mapping[Key, float],
-    share: float,
-) -> float:
-    """Measured error of the plan that the solver picks, against the least within the budget."""
+def problem_of(
+    task: Task, table: Table, costs: Mapping[tuple[str, str], float], share: float
+) -> Problem:
+    """The least error within a budget that lies `share` of the way from cheapest to dearest."""
     units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
     names = {unit[0]: tuple(c.name for c in task.options[unit[0]][1:]) for unit in units}
     cost = {(u[0], n): sum(costs[s, n] for s in u) for u in units for n in names[u[0]]}
     low, high = (
         sum(pick(cost[u, n] for n in kept) for u, kept in names.items()) for pick in (min, max)
     )
-    budget = low + share * (high - low)
-    asked = Problem(
+    return Problem(
         options=names,
         error={(u[0], n): sum(table.values[s, n] for s in u) for u in units for n in names[u[0]]},
         pairs={key: value for key, value in table.pairs.items() if _is_asked(key, names)},
         objective=("error",),
         resources={"bops": cost},
-        budgets={"bops": budget},
+        budgets={"bops": low + share * (high - low)},
     )
-    found = cp_sat.solve(asked, time_limit=10.0).assignment
+
+
+def regret(problem: Problem, search: Rival, errors: Mapping[Key, float]) -> float | None:
+    """Measured error of the plan that a search picks, against the least within the budget."""
+    found = search.allocate(problem)
+    if found is None or not is_within(problem, found):
+        return None
     within = [
         error
         for key, error in errors.items()
-        if sum(cost[u[0], n] for u, n in zip(units, key, strict=True)) <= budget * (1 + 1e-9)
+        if is_within(problem, dict(zip(problem.options, key, strict=True)))
     ]
-    return errors[tuple(found[u[0]] for u in units)] / min(within) - 1
+    return errors[tuple(found[unit] for unit in problem.options)] / min(within) - 1
+
+
+def is_within(problem: Problem, assignment: Mapping[str, str]) -> bool:
+    return spent(problem, assignment) <= budget(problem) * (1 + 1e-9)
+
+
+def with_pairs(problem: Problem) -> dict[str, str]:
+    """What mpq-fx does with a table."""
+    return dict(cp_sat.solve(problem, time_limit=10.0).assignment)
 
 
 def _is_asked(pair: tuple[str, str, str, str], names: Mapping[str, tuple[str, ...]]) -> bool:
@@ -128,13 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--choices", type=int, default=3)
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    metrics = options.metrics.split(",")
-    for found in compare(options.net, metrics, options.units, options.choices):
-        print(
-            f"{options.net:8} {found.metric:20} regret {found.mean:7.2%} mean {found.worst:7.2%} "
-            f"worst  {found.forward_passes:.0f} forward passes a call",
-            flush=True,
-        )
+    ours = [Rival("mpq-fx", metric, with_pairs) for metric in options.metrics.split(",")]
+    for found in compare(options.net, [*ours, *RIVALS], options.units, options.choices):
+        print(f"{options.net:8} {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpq_fx.api import apply, explain, finalize, refresh, tune
+    from mpq_fx.api import apply, explain, finalize, pareto, refresh, tune
     from mpq_fx.config import Config
     from mpq_fx.errors import MpqError
     from mpq_fx.facts import Plan
+    from mpq_fx.front import Front
 
 __version__ = "0.1.0"
-__all__ = ["Config", "MpqError", "Plan", "apply", "explain", "finalize", "refresh", "tune"]
+__all__ = [
+    "Config",
+    "Front",
+    "MpqError",
+    "Plan",
+    "apply",
+    "explain",
+    "finalize",
+    "pareto",
+    "refresh",
+    "tune",
+]
 
 # Loaded on first use: `import mpq_fx` must not import torch, and kernels import mpq_fx.formats.
 _HOMES = {
     "Config": "config",
+    "Front": "front",
     "MpqError": "errors",
     "Plan": "facts",
-    **dict.fromkeys(("apply", "explain", "finalize", "refresh", "tune"), "api"),
+    **dict.fromkeys(("apply", "explain", "finalize", "pareto", "refresh", "tune"), "api"),
 }
 
 

@@ -1,4 +1,4 @@
-"""tune, apply, explain, finalize, refresh: what users call besides torch.compile."""
+"""tune, pareto, apply, explain, finalize, refresh: what users call besides torch.compile."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpq_fx.facts import Plan
 from mpq_fx.registry import ROOTS, bindings_of, bypass, entries, root_of, totals
 
 if TYPE_CHECKING:
+    from mpq_fx.front import Front
     from mpq_fx.report import Report
 
 log = logging.getLogger("mpq_fx")
@@ -50,6 +51,24 @@ def tune(
         config=config or Config(),
         progress=progress,
     )
+
+
+def pareto(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    config: Config | None = None,
+    progress: bool = True,
+) -> Front:
+    """Batches in, trade-offs out: error against latency, and error against size, in one tune.
+
+    Each point holds what the tables predict of a plan, its error replayed on calls that chose
+    nothing (`measured`, while the time budget lasts), and the options that lead there.  Points that
+    another one of their resource beats in both are left out.  `front.plan_at(point)` is its plan.
+    """
+    from mpq_fx.front import front_of
+
+    return front_of(tune(model, batches, config=config, progress=progress))
 
 
 def apply(

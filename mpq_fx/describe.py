@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.activation_memory import peak
 from mpq_fx.passes.analyze.replay import output_error
-from mpq_fx.resolve import frontier, solver_facts
+from mpq_fx.resolve import OBJECTIVES, point_of, solver_facts, trade_offs
+from mpq_fx.search import replayed_error
 from mpq_fx.settle import Settled
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FRONTIER_POINTS = 7
 FRONTIER_SECONDS = 1.0
+FRONTIER_MEASURED = 1.0  # share of the time budget after which points are predicted only
 FLOAT = "float"  # the user's own model, among the names of variants
 
 
@@ -67,8 +69,29 @@ def describe(
         tensors=_scales(measured, names),
     )
     with clock.stage("frontier"):
-        points = frontier(plan, points=FRONTIER_POINTS, time_limit=FRONTIER_SECONDS)
+        points = tuple(_points(plan, measured, names, clock))
     return replace(plan, points=points, timings=dict(clock.timings))
+
+
+def _points(
+    plan: Plan, measured: Measured, names: Mapping[str, str], clock: Clock
+) -> Iterator[dict[str, Any]]:
+    """Trade-offs of latency and of size against error; while there is time each is also replayed
+    on the report part: `measured` beside the predicted `error`.
+    """
+    report = measured.parts.report
+    references = [measured.replay.run(record, {}) for record in report]
+    for resource in OBJECTIVES:
+        for found in trade_offs(plan, resource, FRONTIER_POINTS, time_limit=FRONTIER_SECONDS):
+            point = point_of(plan, resource, found)
+            if not clock.is_past(FRONTIER_MEASURED):
+                local = {
+                    site: found.assignment[name]
+                    for site, name in names.items()
+                    if name in found.assignment
+                }
+                point["measured"] = replayed_error(measured, local, report, references)
+            yield point
 
 
 def fingerprint(sites: tuple[Site, ...], names: Mapping[str, str]) -> dict[str, Any]:

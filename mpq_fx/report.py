@@ -56,12 +56,14 @@ class Step:
     speedup: float  # against what runs now
     size: float | None
     options: Mapping[str, Any]
+    measured: float | None = None  # error of its choices, replayed on calls that chose nothing
 
     @property
     def line(self) -> str:
         typed = f"   options={json.dumps(dict(self.options))}" if self.options else ""
+        seen = "" if self.measured is None else f" (measured {self.measured:.2g})"
         allowed = self.options.get("tolerance", self.error)
-        return f"at error {allowed:.2g}: {self.speedup:.2f}× faster{typed}"
+        return f"at error {allowed:.2g}{seen}: {self.speedup:.2f}× faster{typed}"
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,13 @@ def steps(plan: Plan) -> tuple[Step, ...]:
     fixed = plan.baseline.get("latency", before) - before  # in "latency", but in no site
     now = plan.latency_ms.get(plan.winner) or sites + fixed
     found = []
-    for point in plan.points if sites > 0 else ():
+    points = [point for point in plan.points if point.get("resource") == "latency"]
+    for point in points if sites > 0 else ():
         cost = point["latency"] - fixed
         # What is outside the sites stays; sites timed alone may add up to more than the whole.
         ms = now - sites + cost if sites < now else now * cost / sites
-        found.append(Step(point["error"], ms, now / ms, point.get("size"), point["options"]))
+        about = (point.get("size"), point["options"], point.get("measured"))
+        found.append(Step(point["error"], ms, now / ms, *about))
     return tuple(sorted(found, key=lambda step: step.error))
 
 
@@ -218,6 +222,13 @@ def offers(plan: Plan) -> tuple[Step, ...]:
         if step.speedup >= WORTH * (kept[-1].speedup if kept else 1.0) and step.options:
             kept.append(step)
     return tuple(kept)
+
+
+def raced_and_refused(plan: Plan) -> list[str]:
+    """Every variant, the fastest first; what was raced, compiled in another mode, stands once."""
+    raced = sorted(plan.latency_ms, key=lambda name: (plan.latency_ms[name], name))
+    others = sorted(plan.errors.keys() - plan.latency_ms.keys())
+    return [*raced, *(n for n in others if not any(r.startswith(f"{n}, ") for r in raced))]
 
 
 def reasons(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:

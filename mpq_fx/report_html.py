@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mpq_fx.facts import Plan, Row
+from mpq_fx.front import seen_error
 from mpq_fx.report import (
     Entry,
     Report,
@@ -22,6 +23,7 @@ from mpq_fx.report import (
     float_ms,
     megabytes,
     offers,
+    raced_and_refused,
     speedup,
     steps,
     weight_bytes,
@@ -85,6 +87,7 @@ def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
         "activations": activation_bytes(plan),
         "race": _race(plan),
         "pictures": _pictures(plan, kinds),
+        "unraced": [name for name in raced_and_refused(plan) if name not in plan.latency_ms],
         "offers": [(step, json.dumps(dict(step.options))) for step in offers(plan)],
         "rows": _sites(plan.ledger, kinds),
         "timings": _timings(plan),
@@ -120,6 +123,7 @@ def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
     """Only the pictures for which the plan has numbers."""
     ledger = plan.ledger
     drawn = [_frontier(plan)] if steps(plan) else []
+    drawn += [_sizes(plan)] if smaller(plan) else []
     if any(row.predicted_error for row in ledger):
         drawn.append(_errors(ledger, kinds))
     if any(row.ms_after is not None for row in ledger):
@@ -130,8 +134,10 @@ def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
 
 
 def _frontier(plan: Plan) -> Picture:
-    found = steps(plan)
-    dots = [Dot(step.ms, step.error, "point", step.line) for step in found]
+    dots = [
+        Dot(s.ms, s.error if s.measured is None else s.measured, "point", s.line)
+        for s in steps(plan)
+    ]
     now = plan.latency_ms.get(plan.winner)
     if now is not None and plan.error is not None:
         dots.append(
@@ -144,17 +150,43 @@ def _frontier(plan: Plan) -> Picture:
             )
         )
     svg = frontier(
-        "Predicted latency against predicted error",
+        "Predicted latency against error",
         sorted(dots, key=lambda dot: -dot.x),
         ("ms of one call", "error"),
         plan.tolerance,
     )
     return Picture(
         "What is possible",
-        "No plan is both faster and more exact than these. The large "
-        "dot runs now, the dashed line is the tolerance; all others are predicted.",
+        "By the tables, no plan is both faster and more exact than these. The large dot runs now, "
+        "the dashed line is the tolerance. Milliseconds are predicted, errors replayed where there "
+        "was time.",
         Markup(svg),
     )
+
+
+def _sizes(plan: Plan) -> Picture:
+    dots = [_size_dot(point["size"], seen_error(point)) for point in smaller(plan)]
+    svg = frontier(
+        "Bytes of weights against error",
+        sorted(dots, key=lambda dot: -dot.x),
+        ("MB of weights", "error"),
+        plan.tolerance,
+    )
+    return Picture(
+        "How small it can be",
+        "By the tables, no plan has both smaller weights and a smaller error than these. Sizes are "
+        "exact, errors replayed where there was time.",
+        Markup(svg),
+    )
+
+
+def _size_dot(size: float, error: float) -> Dot:
+    return Dot(size / 1e6, error, "point", f"{megabytes(size)} at error {error:.2g}")
+
+
+def smaller(plan: Plan) -> list[Mapping[str, Any]]:
+    """The points of the frontier of size."""
+    return [point for point in plan.points if point.get("resource") == "size"]
 
 
 def _errors(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:

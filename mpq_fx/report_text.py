@@ -22,6 +22,7 @@ from mpq_fx.report import (
     headline,
     megabytes,
     offers,
+    raced_and_refused,
     reasons,
     speaks_of,
     why_float,
@@ -140,9 +141,7 @@ def _footnotes(plan: Plan, notes: Mapping[str, int]) -> Iterator[RenderableType]
 
 def _race(plan: Plan) -> Iterator[RenderableType]:
     """Every variant that was raced or refused, and which one runs."""
-    names = sorted(
-        {*plan.latency_ms, *plan.errors}, key=lambda n: (plan.latency_ms.get(n, float("inf")), n)
-    )
+    names = raced_and_refused(plan)
     if not names:
         return
     table = _table()

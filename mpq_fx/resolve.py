@@ -20,6 +20,7 @@ from mpq_fx.passes.allocate.frontier import frontier as non_dominated
 from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
 from mpq_fx.problem import RESOURCES, in_user_units, numbers, problem, round_up, unreachable
 
+OBJECTIVES = ("latency", "size")  # resources that a plan can be asked to have least of
 WISHES = ("objective", "tolerance", *RESOURCES)
 PREDICTED = "predicted from the stored tables, not measured"
 
@@ -51,6 +52,14 @@ def frontier(
 
     A point holds the predicted error, every resource of the whole model, and the `options`.
     """
+    found = trade_offs(plan, resource, points, time_limit=time_limit)
+    return tuple(point_of(plan, resource, solution) for solution in found)
+
+
+def trade_offs(
+    plan: Plan, resource: str, points: int, *, time_limit: float
+) -> tuple[Solution, ...]:
+    """The plans on the frontier of `resource` and predicted error, cheapest first."""
     _check_tables(plan)
     if resource not in plan.tables or resource == ERROR:
         valid = [name for name in plan.tables if name != ERROR]
@@ -60,16 +69,14 @@ def frontier(
     budgets = {
         n: v for n, v in plan.budgets.items() if n != "tolerance" and RESOURCES[n] != resource
     }
-    found = non_dominated(_problem(plan, plan.objective, budgets), resource, points, time_limit)
-    objective = {"size": {"objective": "size"}}.get(resource, {})
-    return tuple(_point(plan, resource, objective, solution) for solution in found)
+    return non_dominated(_problem(plan, plan.objective, budgets), resource, points, time_limit)
 
 
-def _point(
-    plan: Plan, resource: str, objective: Mapping[str, str], solution: Solution
-) -> dict[str, Any]:
+def point_of(plan: Plan, resource: str, solution: Solution) -> dict[str, Any]:
     values = predicted(plan, solution.values)
     tolerance = round_up(values[ERROR])
+    is_asked = resource == "size" or resource != plan.objective
+    objective = {"objective": resource} if resource in OBJECTIVES and is_asked else {}
     options = {**objective, "tolerance": tolerance} if tolerance > 0 else {}
     return {"resource": resource, **values, "options": options}
 

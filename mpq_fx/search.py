@@ -4,15 +4,16 @@ allowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Choice
-from mpq_fx.measure import Measured, parse
+from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.analyze.replay import Replayer, output_error
 from mpq_fx.problem import in_user_units, numbers, problem, unreachable, words
@@ -57,10 +58,20 @@ def search(measured: Measured, config: Config, clock: Clock, judge: Judge | None
 
 def joint_error(measured: Measured, assignment: Mapping[str, str]) -> float:
     """Error of a whole assignment, replayed on the choose part; the worst of its calls."""
+    return replayed_error(measured, assignment, measured.parts.choose, measured.references)
+
+
+def replayed_error(
+    measured: Measured,
+    assignment: Mapping[str, str],
+    records: Sequence[Record],
+    references: Sequence[Sequence[Any]],
+) -> float:
+    """Error of a whole assignment on some calls, the worst of them."""
     choices = parse(measured.proposal, assignment)
     errors = [
         output_error(measured.replay.run(record, choices), reference, measured.excluded)
-        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
+        for record, reference in zip(records, references, strict=True)
     ]
     return max(errors)
 

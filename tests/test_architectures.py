@@ -23,7 +23,6 @@ OPTIONS = {
     "calibration_calls": CALLS,
     "time_budget": 30.0,
 }
-COMPILED = ("bert", "resnet", "llama")  # by Inductor as well
 QUICK = ("bert", "resnet", "llama", "mixtral", "unet")  # for every run of the tests
 SLOW = ("vit", "swin", "mobilenet", "qwen", "gpt2", "whisper", "mamba")
 
@@ -84,7 +83,7 @@ def test_quantized_on_the_reference_target_in_two_shapes(isolated, name):
 @pytest.mark.onednn
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_quantized_and_compiled_by_inductor_in_two_shapes(isolated, name):
     check(name, "cpu")
 

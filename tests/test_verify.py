@@ -121,6 +121,13 @@ def test_a_gain_within_the_spread_of_rounds_is_none():
     assert pick(times, ["a", "b"]) == "b"
 
 
+def test_of_many_rounds_fewer_have_to_agree():
+    times = {"a": timing([10.0] * 60), "b": timing([9.0] * 40 + [11.0] * 20)}
+    assert pick(times, ["a", "b"]) == "b"
+    times["b"] = timing([9.0] * 35 + [11.0] * 25)
+    assert pick(times, ["a", "b"]) == "a"
+
+
 def test_one_slow_call_decides_nothing():
     times = {"a": timing([10, 10, 10, 10, 10]), "b": timing([9, 9, 90, 9, 9])}
     assert pick(times, ["a", "b"]) == "b"

@@ -118,7 +118,7 @@ def bert() -> Plan:
         provenance={"packages": {"mpq-fx": "0.1.0", "torch": "2.13.0"}},
     )
     solved = resolve(plan, tolerance=0.02)
-    return measured(solved, frontier(solved, points=9))
+    return measured(solved, (*frontier(solved, points=9), *frontier(solved, "size", points=5)))
 
 
 def measured(plan: Plan, points) -> Plan:

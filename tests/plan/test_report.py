@@ -71,7 +71,9 @@ def test_the_point_of_the_frontier_that_runs_is_as_fast_as_what_runs(small):
         {"latency": 5.0 + row.ms_after + 6.0, "error": 0.01, "options": {}},
         {"latency": 5.0 + 1.0 + 2.0, "error": 0.03, "options": {"tolerance": 0.03}},
     )
-    now, faster = steps(replace(small, points=points))
+    points = tuple({"resource": "latency", **point} for point in points)
+    smallest = {"resource": "size", "latency": 1.0, "error": 0.5, "options": {}}
+    now, faster = steps(replace(small, points=(*points, smallest)))
     assert now.ms == small.latency_ms["plan"]
     assert now.speedup == 1.0
     assert faster.ms == 12.0 - 4.0
@@ -306,3 +308,11 @@ def test_a_long_name_has_room_beside_its_bar():
     drawn = rows("race", [Bar(name, 1.0, "win", ""), Bar("plan", 2.0, "own", "")], "ms")
     left = min(float(x) for x in re.findall(r'<rect[^>]* x="([\d.]+)"', drawn))
     assert left >= 6 * len(name)
+
+
+def test_what_was_raced_in_another_mode_is_not_called_unraced(small):
+    raced = {"plan": 13.1, "all bfloat16, templates": 12.0}
+    errors = {"plan": 0.01, "all bfloat16, templates": 0.01, "all bfloat16": 0.011, "all int8": 0.9}
+    found = str(report_of([("graph 0", replace(small, latency_ms=raced, errors=errors), "")]))
+    assert not re.search(r"^all bfloat16 .*not raced", found, re.MULTILINE)
+    assert re.search(r"^all int8 .*error above", found, re.MULTILINE)

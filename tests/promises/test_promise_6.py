@@ -126,9 +126,11 @@ def test_the_plan_solves_again_for_another_budget_and_runs(isolated, folder):
 
 def test_the_frontier_is_in_the_plan_and_can_be_asked_for(folder):
     plan = folder[2]
-    errors = [point["error"] for point in plan.points]
-    assert errors == sorted(errors, reverse=True)
-    assert len(errors) > 1
+    for resource in ("latency", "size"):
+        errors = [point["error"] for point in plan.points if point["resource"] == resource]
+        assert errors == sorted(errors, reverse=True)
+        assert len(errors) > 1
+    assert all(point["measured"] >= 0 for point in plan.points)
     sizes = plan.frontier("size")
     assert [p["size"] for p in sizes] == sorted(p["size"] for p in sizes)
     assert all(p["options"].get("objective", "size") == "size" for p in sizes)

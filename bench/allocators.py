@@ -1,0 +1,167 @@
+"""How other tools pick a choice per unit under a budget, written from descriptions of them.
+
+Each takes a Problem with single terms and one budget, and returns an assignment, or None where it
+finds none.  `RIVALS` pairs each with the metric that is nearest to the tool's own.  Baselines for
+bench/regret.py; none is part of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes.allocate import Problem, cp_sat
+
+Assignment = dict[str, str]
+Allocator = Callable[[Problem], "Assignment | None"]
+ITERATIONS = 100  # of the bisection on the largest score
+BEAM = 1000  # states that a dynamic program keeps
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A tool's search: its metric by our name for it, and how it picks."""
+
+    name: str
+    metric: str
+    allocate: Allocator
+
+
+def knapsack(problem: Problem) -> Assignment | None:
+    """The least sum of scores within the budget (HAWQ-V3 with traces, MCT with replays)."""
+    try:
+        return dict(cp_sat.solve(replace(problem, pairs={}), time_limit=10.0).assignment)
+    except InfeasibleError:
+        return None
+
+
+def monotone_knapsack(problem: Problem) -> Assignment | None:
+    """The same after a dearer choice was never allowed a larger score than a cheaper one."""
+    score = dict(problem.error)
+    for unit in problem.options:
+        least = float("inf")
+        for choice in by_cost(problem, unit):
+            least = score[unit, choice] = min(score[unit, choice], least)
+    return knapsack(replace(problem, error=score))
+
+
+def threshold(problem: Problem) -> Assignment | None:
+    """Bisect the largest score: each unit takes its cheapest choice at or below it.
+
+    The last iterate is returned, whether it keeps to the budget or not.
+    """
+    low, high = 0.0, max(problem.error.values())
+    found: Assignment = {}
+    for _ in range(ITERATIONS):
+        middle = (low + high) / 2
+        found = {
+            unit: next(
+                (c for c in by_cost(problem, unit) if problem.error[unit, c] <= middle),
+                by_cost(problem, unit)[-1],
+            )
+            for unit in problem.options
+        }
+        low, high = (middle, high) if spent(problem, found) > budget(problem) else (low, middle)
+    return found
+
+
+def ratio_sort(problem: Problem) -> Assignment | None:
+    """All in the second cheapest choice; then the least error *there* first, to the cheapest."""
+    found = {
+        unit: by_cost(problem, unit)[min(1, len(offers) - 1)]
+        for unit, offers in problem.options.items()
+    }
+    for unit in sorted(found, key=lambda unit: problem.error[unit, found[unit]]):
+        if spent(problem, found) <= budget(problem):
+            return found
+        found[unit] = by_cost(problem, unit)[0]
+    return found if spent(problem, found) <= budget(problem) else None
+
+
+def prefix(problem: Problem) -> Assignment | None:
+    """All (unit, choice) in the order of their score alone; the shortest prefix in the budget.
+
+    A later pair of the same unit counts only if it is cheaper.
+    """
+    found = {unit: by_cost(problem, unit)[-1] for unit in problem.options}
+    for unit, choice in sorted(problem.error, key=lambda key: problem.error[key]):
+        if spent(problem, found) <= budget(problem):
+            break
+        if cost(problem, unit, choice) < cost(problem, unit, found[unit]):
+            found[unit] = choice
+    return found if spent(problem, found) <= budget(problem) else None
+
+
+def beam(problem: Problem) -> Assignment | None:
+    """(cost, score) states unit by unit without dominated ones; too many are thinned evenly."""
+    states: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]
+    for unit in problem.options:
+        grown = (
+            (used + cost(problem, unit, c), score + problem.error[unit, c], (*picks, c))
+            for used, score, picks in states
+            for c in problem.options[unit]
+        )
+        states = thinned(kept(s for s in grown if s[0] <= budget(problem) * (1 + 1e-9)))
+    best = min(states, key=lambda s: s[1], default=None)
+    return dict(zip(problem.options, best[2], strict=True)) if best else None
+
+
+def kept(
+    states: Iterable[tuple[float, float, tuple[str, ...]]],
+) -> list[tuple[float, float, tuple[str, ...]]]:
+    """Those that no other beats in cost and score."""
+    found: list[tuple[float, float, tuple[str, ...]]] = []
+    for state in sorted(states):
+        if not found or state[1] < found[-1][1]:
+            found.append(state)
+    return found
+
+
+def thinned(
+    states: list[tuple[float, float, tuple[str, ...]]],
+) -> list[tuple[float, float, tuple[str, ...]]]:
+    if len(states) <= BEAM:
+        return states
+    return [states[k * (len(states) - 1) // (BEAM - 1)] for k in range(BEAM)]
+
+
+def uniform(problem: Problem) -> Assignment | None:
+    """One choice for all: the least score within the budget."""
+    shared = set.intersection(*map(set, problem.options.values()))
+    plans = [dict.fromkeys(problem.options, choice) for choice in sorted(shared)]
+    within = [plan for plan in plans if spent(problem, plan) <= budget(problem) * (1 + 1e-9)]
+    return min(
+        within, key=lambda plan: sum(problem.error[item] for item in plan.items()), default=None
+    )
+
+
+def by_cost(problem: Problem, unit: str) -> list[str]:
+    """The choices of a unit, the cheapest first."""
+    return sorted(problem.options[unit], key=lambda choice: cost(problem, unit, choice))
+
+
+def cost(problem: Problem, unit: str, choice: str) -> float:
+    (resource,) = problem.budgets
+    return problem.resources[resource][unit, choice]
+
+
+def spent(problem: Problem, assignment: Mapping[str, str]) -> float:
+    return sum(cost(problem, unit, choice) for unit, choice in assignment.items())
+
+
+def budget(problem: Problem) -> float:
+    (limit,) = problem.budgets.values()
+    return limit
+
+
+RIVALS = (
+    Rival("Model-Optimizer, gradient", "fisher_elementwise", monotone_knapsack),
+    Rival("Model-Optimizer, KL", "kl", threshold),
+    Rival("MCT", "measured", knapsack),
+    Rival("NNCF", "local_error", ratio_sort),
+    Rival("AIMET", "measured", prefix),
+    Rival("AutoScheme", "first_order", beam),
+    Rival("HAWQ-V3", "hessian_trace", knapsack),
+    Rival("uniform", "measured", uniform),
+)
