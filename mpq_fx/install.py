@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +129,26 @@ def chosen(plan: Plan, site: Site, name: str, target: Target) -> Choice:
                 fix="tune this model: mpq_fx.tune(model, batches)",
             )
     choice = plan.choices[name]
-    reasons = () if choice.weight == site.dtype else tuple(target.refuse(site, choice))
+    reasons = refused(site, choice, target)
+    if reasons and not refused(as_planned(plan, site, name), choice, target):
+        log.warning("%s runs in %s in this shape: %s", name, site.dtype, "; ".join(reasons))
+        return Choice(site.dtype, site.dtype)
     if reasons:
         raise PlanError(
             f"{name}: {choice} cannot run on {target.name} here: {'; '.join(reasons)}",
             fix="tune again on this machine, or plan.resolve(...) on the one it is from",
         )
     return choice
+
+
+def refused(site: Site, choice: Choice, target: Target) -> tuple[str, ...]:
+    return () if choice.weight == site.dtype else tuple(target.refuse(site, choice))
+
+
+def as_planned(plan: Plan, site: Site, name: str) -> Site:
+    """The site in the shape that the plan was made for."""
+    shapes = (row.site.input_shape for row in plan.ledger if row.site.name == name)
+    return replace(site, input_shape=next(shapes, site.input_shape))
 
 
 def scales_of(plan: Plan, names: Mapping[str, str]) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from mpq_fx.facts import Site
 from mpq_fx.graph import is_weight, module_path, source_line, value
@@ -157,13 +158,19 @@ def _site(
         input_shape=shape_of(x),
         weight_shape=tuple(map(int, value(weight).shape)) if weight is not None else (),
         output_shape=shape_of(node),
-        attributes=tuple(node.args[3:7]) if kind == "conv" else (),
+        attributes=_window(node) if kind in ("conv", "conv3d", "conv_transpose") else (),
         dtype=str(value(node).dtype).removeprefix("torch."),
         macs=macs_of(node, kind, operands),
         group=x.name if kind == "linear" and readers[x] > 1 else None,
         path=path or owner,
         source=source_line(node),
     )
+
+
+def _window(node: Node) -> tuple[Any, ...]:
+    """Stride, padding, … of a convolution; () where one is computed, as by a given output size."""
+    given = node.args[3:]
+    return () if any(isinstance(x, Node) for x in tree_leaves(given)) else tuple(given)
 
 
 def _argument(node: Node, position: int | None) -> Node | None:

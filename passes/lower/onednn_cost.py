@@ -175,6 +175,14 @@ def integer_conv(
     return lambda: onednn.qconv_pointwise.default(*args)
 
 
+def float_only(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    """A convolution of three dimensions, or a transposed one: PyTorch's own kernel."""
+    name = site.op if site.op == "conv3d" else f"conv_transpose{x.dim() - 2}d"
+    kernel, dtype = getattr(torch.nn.functional, name), getattr(torch, choice.activation)
+    x, w = x.to(dtype), torch.randn(site.weight_shape, dtype=dtype)
+    return lambda: kernel(x, w, None, *site.attributes)
+
+
 def residual(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     """Bound by memory: one sum written and read again in the width it is stored in."""
     kept = x.to(handed_over(site, choice))
@@ -204,6 +212,8 @@ KERNELS = {
     "residual": residual,
     "linear": linear,
     "conv": conv,
+    "conv3d": float_only,
+    "conv_transpose": float_only,
     "matmul": matmul,
     "attention": attention,
     "embedding": embedding,

@@ -5,6 +5,7 @@ rows and maps are views of a tensor in channels_last.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def as_rows(anchor: Node, x: Node, stride: Any) -> Node:
     """[B, C, H, W] -> [B, H', W', C], every stride-th pixel: a view in channels_last."""
     for dim, step in zip((2, 3), stride, strict=True):
         if step > 1:
-            args = (x, dim, 0, value(x).shape[dim], step)
+            args = (x, dim, 0, sys.maxsize, step)
             x = insert_call(anchor, aten.slice.Tensor, args)
     return insert_call(anchor, aten.permute.default, (x, [0, 2, 3, 1]))
 

@@ -322,3 +322,19 @@ def test_modes_come_in_the_order_of_what_they_promise(monkeypatch, choices, ms, 
     site = find_site()
     planned = [(site, choice, each) for choice, each in zip(choices, ms, strict=True)]
     assert list(ONEDNN.modes(planned)) == first
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), (2, 8, 5, 5)),
+        (nn.ConvTranspose1d(8, 6, 4, stride=2), (2, 8, 9)),
+        (nn.Conv3d(8, 6, 3, padding=1), (2, 8, 4, 5, 5)),
+    ],
+    ids=["transposed 2d", "transposed 1d", "3d"],
+)
+def test_a_convolution_without_choices_is_timed_as_pytorch_runs_it(isolated, layer, x):
+    """A net with one could not be planned at all: its latency table asked for a kernel of ours."""
+    (site,) = Lowered(layer, torch.randn(x), {}).sites
+    assert site.attributes
+    assert onednn_cost.measure(site, Choice("float32", "float32")) > 0

@@ -1,0 +1,67 @@
+"""A plan in shapes that it was not made for: what a choice cannot do there runs in float."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import mpq_fx
+from mpq_fx import passes
+from mpq_fx.errors import PlanError
+from mpq_fx.passes.lower.reference import REFERENCE
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A target whose int8 is for two rows at most; `limit[0]` changes that."""
+    limit = [2]
+
+    def refuse(site, choice):
+        rows = site.input_shape[0]
+        many = not isinstance(rows, int) or rows > limit[0]
+        if choice.weight.startswith("int") and many:
+            yield f"int8 is for {limit[0]} rows, and a call has {rows}"
+
+    monkeypatch.setattr(passes, "TARGETS", (replace(REFERENCE, refuse=refuse),))
+    return limit
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)).eval()
+
+
+FORMATS = ["int8"]
+OPTIONS = {
+    "formats": FORMATS,
+    "target": "reference",
+    "objective": "size",
+    "tolerance": 0.1,
+    "calibration_calls": 3,
+}
+
+
+def test_a_choice_for_few_rows_runs_in_float_in_a_longer_call(isolated, few_rows, net, caplog):
+    compiled = torch.compile(net, backend="mpq", options=OPTIONS)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        for seed in range(3):
+            compiled(torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)))
+        short, long = torch.randn(2, 32), torch.randn(7, 32)
+        assert not torch.equal(compiled(short), net(short))
+        torch.testing.assert_close(compiled(long), net(long))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "0 runs in float32 in this shape: int8 is for 2 rows, and a call has " in told[0]
+
+
+def test_a_plan_that_the_machine_refuses_in_its_own_shape_is_refused(isolated, few_rows, net):
+    batches = [torch.randn(2, 32) for _ in range(4)]
+    plan = mpq_fx.tune(net, batches, config=mpq_fx.Config(**OPTIONS), progress=False)
+    few_rows[0] = 1
+    with pytest.raises(PlanError, match="int8 is for 1 rows"), torch.inference_mode():
+        mpq_fx.apply(net, plan)(batches[0])
