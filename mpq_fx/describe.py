@@ -79,8 +79,9 @@ def _points(
     """Trade-offs of latency and of size against error; while there is time each is also replayed
     on the report part: `measured` beside the predicted `error`.
     """
+    once = replace(measured, replay=replace(measured.replay, caches=False))  # in memory at once
     report = measured.parts.report
-    references = [measured.replay.run(record, {}) for record in report]
+    references = [once.replay.run(record, {}) for record in report]
     for resource in OBJECTIVES:
         for found in trade_offs(plan, resource, FRONTIER_POINTS, time_limit=FRONTIER_SECONDS):
             point = point_of(plan, resource, found)
@@ -90,7 +91,7 @@ def _points(
                     for site, name in names.items()
                     if name in found.assignment
                 }
-                point["measured"] = replayed_error(measured, local, report, references)
+                point["measured"] = replayed_error(once, local, report, references)
             yield point
 
 
