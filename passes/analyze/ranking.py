@@ -40,6 +40,7 @@ def measured(task: Task, plans: Sequence[Plan]) -> list[float]:
         reference = task.replay.run(record, {})
         found = [output_error(task.replay.run(record, p), reference, task.excluded) for p in plans]
         powers += np.square(found)
+    task.replay.forget(task.options)
     return [*np.sqrt(powers / len(task.records))]
 
 
