@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from mpq_fx.facts import Choice, Site
-from mpq_fx.formats import format_named
+from mpq_fx.formats import TENSOR, Format, format_named
 from mpq_fx.graph import arguments, placeholders
 from mpq_fx.numerics import fake_quantize, relative_rms
 from mpq_fx.passes.analyze.sites import OPERANDS
 
+ROWS = 1024  # of a weight, fake-quantized at a time
 Env = dict[Node, Any]
 Scales = Mapping[tuple[str, str], tuple[Tensor, Tensor]]  # (site, activation format) -> scale, zero
 
@@ -115,8 +116,7 @@ class Replayer:
         key = site.name, fmt
         if key in self.weights:
             return self.weights[key]
-        rows = w.float().reshape(w.shape[0], -1)
-        found = fake_quantize(rows, format_named(fmt)).reshape(w.shape)
+        found = _fake_quantized(w.reshape(w.shape[0], -1), format_named(fmt)).reshape(w.shape)
         if self.caches:
             self.weights[key] = found
         return found
@@ -134,6 +134,18 @@ class Replayer:
             scale, zero = self.scales[site.name, fmt.name]
             return fake_quantize(x.float(), fmt, scale, zero)
         return fake_quantize(x.float(), fmt)
+
+
+def _fake_quantized(rows: Tensor, fmt: Format) -> Tensor:
+    """fake_quantize(rows) in float32, some rows at a time: an embedding has many, and each step of
+    the arithmetic makes one more copy.
+    """
+    if fmt.block == TENSOR:
+        return fake_quantize(rows.float(), fmt)
+    found = torch.empty_like(rows, dtype=torch.float32)
+    for part, filled in zip(rows.split(ROWS), found.split(ROWS), strict=True):
+        filled.copy_(fake_quantize(part.float(), fmt))
+    return found
 
 
 def replayer(

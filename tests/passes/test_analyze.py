@@ -15,6 +15,7 @@ from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
 from mpq_fx.numerics import fake_quantize
+from mpq_fx.passes.analyze import replay as replay_module
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import Task, on_pace
@@ -260,3 +261,11 @@ def test_bytes_are_those_stored_and_bits_are_shares_of_the_mean(net):
     mean = sum(tables["bits"].values[name, "bfloat16"] for name in (up, down))
     assert mean == 16.0
     assert tables["bops"].values[up, DYNAMIC.name] == 5 * 24 * 16 * 64
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g32", "int4_asym"])
+def test_a_weight_quantized_some_rows_at_a_time_is_what_it_is_at_once(monkeypatch, name):
+    monkeypatch.setattr(replay_module, "ROWS", 5)
+    rows = torch.randn(13, 64)
+    at_once = fake_quantize(rows, format_named(name))
+    assert torch.equal(replay_module._fake_quantized(rows, format_named(name)), at_once)
