@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from mpq_fx.errors import InfeasibleError
-from mpq_fx.passes.allocate import Problem, cp_sat
+from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible, value_of
 
 Assignment = dict[str, str]
 Allocator = Callable[[Problem], "Assignment | None"]
@@ -130,7 +130,7 @@ def uniform(problem: Problem) -> Assignment | None:
     """One choice for all: the least score within the budget."""
     shared = set.intersection(*map(set, problem.options.values()))
     plans = [dict.fromkeys(problem.options, choice) for choice in sorted(shared)]
-    within = [plan for plan in plans if spent(problem, plan) <= budget(problem) * (1 + 1e-9)]
+    within = [plan for plan in plans if is_feasible(problem, plan)]
     return min(
         within, key=lambda plan: sum(problem.error[item] for item in plan.items()), default=None
     )
@@ -147,7 +147,8 @@ def cost(problem: Problem, unit: str, choice: str) -> float:
 
 
 def spent(problem: Problem, assignment: Mapping[str, str]) -> float:
-    return sum(cost(problem, unit, choice) for unit, choice in assignment.items())
+    (resource,) = problem.budgets
+    return value_of(problem, resource, assignment)
 
 
 def budget(problem: Problem) -> float:

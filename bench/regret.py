@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
-from allocators import RIVALS, Rival, budget, spent
+from allocators import RIVALS, Rival
 from results import parser
 from sensitivity import looked_on
 
 from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
-from mpq_fx.passes.allocate import Problem, cp_sat
+from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible
 from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.ranking import measured
@@ -117,18 +117,14 @@ def problem_of(
 def regret(problem: Problem, search: Rival, errors: Mapping[Key, float]) -> float | None:
     """Measured error of the plan that a search picks, against the least within the budget."""
     found = search.allocate(problem)
-    if found is None or not is_within(problem, found):
+    if found is None or not is_feasible(problem, found):
         return None
     within = [
         error
         for key, error in errors.items()
-        if is_within(problem, dict(zip(problem.options, key, strict=True)))
+        if is_feasible(problem, dict(zip(problem.options, key, strict=True)))
     ]
     return errors[tuple(found[unit] for unit in problem.options)] / min(within) - 1
-
-
-def is_within(problem: Problem, assignment: Mapping[str, str]) -> bool:
-    return spent(problem, assignment) <= budget(problem) * (1 + 1e-9)
 
 
 def with_pairs(problem: Problem) -> dict[str, str]:

@@ -18,6 +18,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from results import parser
 
@@ -104,14 +105,7 @@ def with_pairs(
         for o in options[u]
         for p in options[v]
     }
-    return Problem(
-        options=options,
-        error=error,
-        pairs=pairs,
-        objective=problem.objective,
-        resources=problem.resources,
-        budgets=problem.budgets,
-    )
+    return replace(problem, pairs=pairs)
 
 
 KINDS = {"singles": singles, "penalties": penalties, "gram": gram, "signed": signed}

@@ -149,35 +149,36 @@ def _frontier(plan: Plan) -> Picture:
                 large=True,
             )
         )
-    svg = frontier(
-        "Predicted latency against error",
-        sorted(dots, key=lambda dot: -dot.x),
-        ("ms of one call", "error"),
-        plan.tolerance,
-    )
-    return Picture(
+    return _traded(
         "What is possible",
         "By the tables, no plan is both faster and more exact than these. The large dot runs now, "
         "the dashed line is the tolerance. Milliseconds are predicted, errors replayed where there "
         "was time.",
-        Markup(svg),
+        "Predicted latency against error",
+        "ms of one call",
+        dots,
+        plan.tolerance,
     )
 
 
 def _sizes(plan: Plan) -> Picture:
-    dots = [_size_dot(point["size"], seen_error(point)) for point in smaller(plan)]
-    svg = frontier(
-        "Bytes of weights against error",
-        sorted(dots, key=lambda dot: -dot.x),
-        ("MB of weights", "error"),
-        plan.tolerance,
-    )
-    return Picture(
+    return _traded(
         "How small it can be",
         "By the tables, no plan has both smaller weights and a smaller error than these. Sizes are "
         "exact, errors replayed where there was time.",
-        Markup(svg),
+        "Bytes of weights against error",
+        "MB of weights",
+        [_size_dot(point["size"], seen_error(point)) for point in smaller(plan)],
+        plan.tolerance,
     )
+
+
+def _traded(
+    title: str, caption: str, alternative: str, unit: str, dots: list[Dot], line: float | None
+) -> Picture:
+    """Errors against what they buy, the dearest first."""
+    ordered = sorted(dots, key=lambda dot: -dot.x)
+    return Picture(title, caption, Markup(frontier(alternative, ordered, (unit, "error"), line)))
 
 
 def _size_dot(size: float, error: float) -> Dot:

@@ -17,6 +17,7 @@ from torch.fx import Node
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Site
 from mpq_fx.formats import Format
+from mpq_fx.graph import arguments
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
 from mpq_fx.passes.analyze.static_range import Sample, expecting, join, least_noise, take
@@ -93,7 +94,7 @@ def _source(node: Node, site: Site) -> Source | None:
         return node, False
     if site.op not in READS:
         return None
-    return node.args[OPERANDS[str(node.target)].activation], site.op == "linear"  # type: ignore[return-value]
+    return arguments(node)[OPERANDS[str(node.target)].activation], site.op == "linear"
 
 
 def statistics(x: Tensor, site: Site) -> Observed:
