@@ -13,8 +13,10 @@ from mpq_fx.graph import Pass
 from mpq_fx.passes.analyze.metric import Metric
 from mpq_fx.passes.analyze.metrics.auto import auto
 from mpq_fx.passes.analyze.metrics.fisher import first_order, fisher, fisher_elementwise
+from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalue_spread, hessian_eigenvalue
 from mpq_fx.passes.analyze.metrics.hessian_trace import hessian_trace
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian
+from mpq_fx.passes.analyze.metrics.interlayer_kl import interlayer_kl
 from mpq_fx.passes.analyze.metrics.kl_singles import kl_singles
 from mpq_fx.passes.analyze.metrics.local_error import local_error
 from mpq_fx.passes.analyze.metrics.measured_pairs import (
@@ -23,6 +25,8 @@ from mpq_fx.passes.analyze.metrics.measured_pairs import (
     projected_pairs,
 )
 from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
+from mpq_fx.passes.analyze.metrics.perturbation_hessian import perturbation_hessian
+from mpq_fx.passes.analyze.metrics.relevance import relevance
 from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
 from mpq_fx.passes.canonicalize.casts import spell_casts
 from mpq_fx.passes.canonicalize.convolution import spell_convolutions
@@ -57,6 +61,7 @@ METRICS: Catalog[Metric] = Catalog(
         "auto": auto,
         "measured": measured_singles,
         "interlayer_hessian": interlayer_hessian,
+        "interlayer_kl": interlayer_kl,
         "measured_pairs": measured_pairs,
         "block_pairs": block_pairs,
         "projected_pairs": projected_pairs,
@@ -64,6 +69,10 @@ METRICS: Catalog[Metric] = Catalog(
         "fisher_elementwise": fisher_elementwise,
         "first_order": first_order,
         "hessian_trace": hessian_trace,
+        "hessian_eigenvalue": hessian_eigenvalue,
+        "eigenvalue_spread": eigenvalue_spread,
+        "perturbation_hessian": perturbation_hessian,
+        "relevance": relevance,
         "kl": kl_singles,
         "local_error": local_error,
     },

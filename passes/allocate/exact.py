@@ -151,13 +151,10 @@ def _kept(quantity: Quantity, left: list[list[int]]) -> Quantity:
     blocks = {}
     for (g, h), block in quantity.blocks.items():
         pairs = ((a, b, i, j) for a, i in enumerate(left[g]) for b, j in enumerate(left[h]))
-        blocks[g, h] = {(a, b): block[i, j] for a, b, i, j in pairs if (i, j) in block}
+        left_of = {(a, b): block[i, j] for a, b, i, j in pairs if (i, j) in block}
+        if left_of:
+            blocks[g, h] = left_of
     return replace(quantity, single=single, blocks=blocks)
-
-
-def uncoupled(form: Form) -> Form:
-    """The single terms alone."""
-    return Form(form.groups, {n: replace(q, blocks={}) for n, q in form.quantities.items()})
 
 
 def drop_dominated(form: Form) -> Form:

@@ -16,12 +16,8 @@ def solve(
     """The better of the relaxation's plan and `hint`, with the dual bound.
 
     Status is OPTIMAL only where the bound is met.  Takes a bounded number of steps, whatever
-    `time_limit`; refuses pair and edge terms, for which the relaxation does not separate.
+    `time_limit`.
     """
-    if problem.pairs or any(problem.edges.values()):
-        raise ConfigError(
-            "the lagrangian solver cannot take pair or edge terms", fix='solver="cp_sat"'
-        )
     descent = descend(problem, _minimize, time_limit, hint)
     if descent.levels[-1].assignment is None:
         raise ConfigError(

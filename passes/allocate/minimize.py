@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep, row_of, uncoupled
+from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep, row_of
+from mpq_fx.passes.allocate.messages import relax_pairs
 from mpq_fx.passes.allocate.model import WORK_PER_SECOND, Clock, Run, Task, run
 from mpq_fx.passes.allocate.problem import (
     TOLERANCE,
@@ -15,11 +16,13 @@ from mpq_fx.passes.allocate.problem import (
     relative_gap,
     value_of,
 )
-from mpq_fx.passes.allocate.relaxation import relax
+from mpq_fx.passes.allocate.relaxation import Relaxation, relax
 
 # ortools 9.15 proved a wrong optimum in 1 of 3,439 random models with pairs whose coefficients had
 # 40 bits (other presolve settings fail on other models), and in none of 4,205 with 30 bits.
 BITS = 30
+MANY = 2000  # pair terms: CP-SAT alone is quicker with fewer
+SHARE = 0.3  # of the time limit for the relaxation
 ROUNDS = 400  # of cutting off one plan, times units: worth it where a plan is one of few
 
 
@@ -83,23 +86,30 @@ def _is_met(level: Level) -> bool:
 
 
 def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level]:
-    """Fewer options, a first plan and a bound, before CP-SAT sees the problem.
-
-    Of a problem with pair terms only the single terms are relaxed: a plan, but no bound.
-    """
+    """Fewer options, a first plan and a bound, before CP-SAT sees the problem."""
     hinted = hint if hint is not None and _is_plan(search.form, hint) else None
     form = drop_dominated(search.form)
-    relaxed = relax(uncoupled(form), search.name, search.limits)
+    relaxed = _relaxed(search, form)
     picks = None if relaxed is None else relaxed.picks
     plan = search.best([hinted, None if picks is None else form.assignment(picks)])
     value = math.inf if plan is None else search.value(plan)
-    if relaxed is None or form.is_coupled:
+    if relaxed is None:
         return replace(search, form=form), Level(plan, value, -math.inf, ended=False)
     bound = min(relaxed.bound, value)
     if plan is not None:
         most = value - bound + TOLERANCE * max(abs(value), abs(bound))
         form = keep(form, lambda g, i: bool(relaxed.extra[g, i] <= most))
     return replace(search, form=form), Level(plan, value, bound, ended=False)
+
+
+def _relaxed(search: Search, form: Form) -> Relaxation | None:
+    """The relaxation, unless it would take longer than CP-SAT."""
+    if not form.is_coupled:
+        return relax(form, search.name, search.limits)
+    if sum(len(b) for q in form.quantities.values() for b in q.blocks.values()) < MANY:
+        return None
+    seconds = search.clock.limit * SHARE
+    return relax_pairs(form, search.name, search.limits, seconds=seconds)
 
 
 def _is_plan(form: Form, hint: Mapping[str, str]) -> bool:

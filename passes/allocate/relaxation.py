@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpq_fx.passes.allocate.exact import Form, row_of
+from mpq_fx.passes.allocate.exact import Form, Row, row_of
 
 BITS = 52  # integers that float64 holds exactly
 SLACK = 1e-11  # of each budget: float sums of 10,000 units stay clear of it
@@ -32,7 +32,7 @@ class Relaxation:
 
 
 @dataclass(frozen=True)
-class _Arrays:
+class Separable:
     """cost[g, i], use[r, g, i] >= 0 with every budget 1; cost is inf where there is no option."""
 
     cost: np.ndarray
@@ -62,10 +62,10 @@ def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | No
     for r, row in enumerate(rows):
         use[r] = _padded(row.single, 0.0) / max(row.limit or 0, 1)
     unpayable = (use > 1.0).any(axis=0)
-    arrays = _Arrays(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use))
+    arrays = Separable(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use))
     if not np.isfinite(arrays.cost.min(axis=1)).all():
         return None
-    return _in_units(_search(arrays), objective.base, objective.step, objective.shift)
+    return in_units(_search(arrays), objective)
 
 
 def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
@@ -75,47 +75,46 @@ def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
     return table
 
 
-def _in_units(found: Relaxation, base: int, step: int, shift: int) -> Relaxation:
-    one = 1 << shift
+def in_units(found: Relaxation, objective: Row) -> Relaxation:
+    """Integers of the objective's row -> the quantity's own unit."""
     # The float error of a sum of terms >= 0 is far below 1e-12 of it; rows have integer values.
     least = max(math.ceil(found.bound * (1 - 1e-12) - 1e-6), 0)
-    bound = (base + step * least) / one
-    return Relaxation(bound, found.picks, found.extra * (step / one))
+    return Relaxation(objective.bound(least), found.picks, found.extra / objective.scale)
 
 
-def _search(arrays: _Arrays) -> Relaxation:
-    prices = _ascend(arrays)
-    best, value = prices, _dual(arrays, prices)[0]
-    picks = _primal(arrays, prices)
+def _search(arrays: Separable) -> Relaxation:
+    prices = ascend(arrays, np.zeros(len(arrays.use)))
+    best, value = prices, dual(arrays, prices)[0]
+    picks = primal(arrays, prices)
     if len(prices) > 1:
         target = value if picks is None else float(arrays.at(arrays.cost, picks).sum())
-        best, value = _polish(arrays, prices, target)
-        picks = _cheaper(arrays, picks, _primal(arrays, best))
+        best, value = polish(arrays, prices, target)
+        picks = _cheaper(arrays, picks, primal(arrays, best))
     priced = arrays.priced(best)
     extra = priced - priced.min(axis=1, keepdims=True)
     return Relaxation(value, None if picks is None else tuple(map(int, picks)), extra)
 
 
-def _dual(arrays: _Arrays, prices: np.ndarray) -> tuple[float, np.ndarray]:
+def dual(arrays: Separable, prices: np.ndarray) -> tuple[float, np.ndarray]:
     """The dual value and its picks, which are also its slope: spent - 1."""
     priced = arrays.priced(prices)
     picks = priced.argmin(axis=1)
     return float(arrays.at(priced, picks).sum() - prices.sum()), picks
 
 
-def _ascend(arrays: _Arrays) -> np.ndarray:
+def ascend(arrays: Separable, prices: np.ndarray) -> np.ndarray:
     """Coordinate ascent: for one budget at a time, the smallest price at which it is met."""
-    prices = np.zeros(len(arrays.use))
+    prices = prices.copy()
     for _ in range(SWEEPS if len(prices) > 1 else 1):
         for r in range(len(prices)):
             prices[r] = _price(arrays, prices.copy(), r)
     return prices
 
 
-def _price(arrays: _Arrays, prices: np.ndarray, r: int) -> float:
+def _price(arrays: Separable, prices: np.ndarray, r: int) -> float:
     def is_met(price: float) -> bool:
         prices[r] = price
-        return arrays.spent(_dual(arrays, prices)[1])[r] <= 1.0 - SLACK
+        return arrays.spent(dual(arrays, prices)[1])[r] <= 1.0 - SLACK
 
     if is_met(0.0):
         return 0.0
@@ -128,12 +127,12 @@ def _price(arrays: _Arrays, prices: np.ndarray, r: int) -> float:
     return high
 
 
-def _polish(arrays: _Arrays, prices: np.ndarray, target: float) -> tuple[np.ndarray, float]:
+def polish(arrays: Separable, prices: np.ndarray, target: float) -> tuple[np.ndarray, float]:
     """Polyak steps toward the cost of a known plan: coordinate ascent can stop at a kink."""
     best, value = prices, -np.inf
     pace = 1.0
     for _ in range(STEPS):
-        reached, picks = _dual(arrays, prices)
+        reached, picks = dual(arrays, prices)
         improved = reached > value
         best, value = (prices, reached) if improved else (best, value)
         pace = pace if improved else pace * 0.95
@@ -145,19 +144,20 @@ def _polish(arrays: _Arrays, prices: np.ndarray, target: float) -> tuple[np.ndar
     return best, value
 
 
-def _primal(arrays: _Arrays, prices: np.ndarray) -> np.ndarray | None:
-    picks = _repair(arrays, prices, _dual(arrays, prices)[1])
+def primal(arrays: Separable, prices: np.ndarray) -> np.ndarray | None:
+    """A plan within the budgets, from the picks at these prices."""
+    picks = _repair(arrays, prices, dual(arrays, prices)[1])
     return None if picks is None else _fill(arrays, picks)
 
 
 def _cheaper(
-    arrays: _Arrays, first: np.ndarray | None, second: np.ndarray | None
+    arrays: Separable, first: np.ndarray | None, second: np.ndarray | None
 ) -> np.ndarray | None:
     plans = [p for p in (first, second) if p is not None]
     return min(plans, key=lambda p: float(arrays.at(arrays.cost, p).sum()), default=None)
 
 
-def _repair(arrays: _Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarray | None:
+def _repair(arrays: Separable, prices: np.ndarray, picks: np.ndarray) -> np.ndarray | None:
     """Cheapest moves per unit of relief on the most overspent budget, until all are met."""
     picks = picks.copy()
     rows = np.arange(len(picks))
@@ -180,7 +180,7 @@ def _repair(arrays: _Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarra
     return None
 
 
-def _fill(arrays: _Arrays, picks: np.ndarray) -> np.ndarray:
+def _fill(arrays: Separable, picks: np.ndarray) -> np.ndarray:
     """Spend what is left: the largest saving that still fits, one group at a time."""
     left = 1.0 - SLACK - arrays.spent(picks)
     saving = arrays.at(arrays.cost, picks)[:, None] - arrays.cost

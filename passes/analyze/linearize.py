@@ -8,7 +8,7 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.fx import Node, map_arg
 from torch.utils._pytree import tree_map_only
 
 from mpq_fx.facts import Choice
-from mpq_fx.passes.analyze.metric import Record, Task, Unit
-from mpq_fx.passes.analyze.replay import Replayer, as_real, is_measurable
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit
+from mpq_fx.passes.analyze.replay import Env, Replayer, as_real, is_measurable
 
 PROBES = 4  # random directions at the outputs of one call; each holds a gradient of every site
 Cotangents = list[Tensor | None]  # one per output; None where an output is no part of the error
@@ -59,20 +59,84 @@ def linearize(replay: Replayer, record: Record) -> Linearized:
     raise AssertionError("a graph without an output node")
 
 
-def pull_back(at: Linearized, cotangents: Cotangents) -> dict[str, Tensor]:
-    """{site: J_uᵀz}; sites that no output depends on are left out."""
+def pull_back(
+    at: Linearized, cotangents: Cotangents, sites: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """{site: J_uᵀz}, of all sites or some; sites that no output depends on are left out."""
+    results = {s: y for s, y in at.results.items() if sites is None or s in sites}
     pairs = [
         (y, z)
         for y, z in zip(at.outputs, cotangents, strict=True)
         if z is not None and isinstance(y, Tensor) and y.requires_grad
     ]
-    if not pairs or not at.results:
+    if not pairs or not results:
         return {}
     outputs, given = zip(*pairs, strict=True)
     found = torch.autograd.grad(
-        outputs, [*at.results.values()], given, retain_graph=True, allow_unused=True
+        outputs, [*results.values()], given, retain_graph=True, allow_unused=True
     )
-    return {s: g.detach() for s, g in zip(at.results, found, strict=True) if g is not None}
+    return {s: g.detach() for s, g in zip(results, found, strict=True) if g is not None}
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A site as a walk along the graph comes to it: its result, and what is left to do."""
+
+    site: str
+    y: Tensor
+    node: Node
+    env: Env
+    rest: Sequence[Node]
+
+
+def reached(task: Task, record: Record, is_wanted: IsWanted) -> Iterator[Reached]:
+    """The sites of the units that are wanted, in the order of the graph."""
+    replay = task.replay
+    nodes = list(replay.gm.graph.nodes)
+    env = replay.start(record)
+    wanted = {site for unit in task.units if is_wanted(unit) for site in unit}
+    for at, node in enumerate(nodes):
+        if node.op == "output":
+            return
+        replay.step(env, node, {})
+        site = replay.sites.get(node.name)
+        y = env.get(node)
+        if site is not None and site.name in wanted and isinstance(y, Tensor):
+            yield Reached(site.name, y, node, dict(env), nodes[at + 1 :])
+
+
+def push_forward(replay: Replayer, at: Reached, direction: Tensor) -> list[Any]:
+    """J_u · direction at every output, by a central difference: (y(+h) − y(−h)) / 2h.
+
+    h moves the result of the site by the cube root of its dtype's precision, relative to its RMS,
+    where rounding and curvature disturb the difference equally.
+    """
+    length = float(direction.double().norm())
+    if length == 0.0 or not at.y.is_floating_point():
+        return [None for _ in replay.finish({**at.env}, at.rest, {})]
+    h = torch.finfo(at.y.dtype).eps ** (1 / 3) * float(at.y.double().norm()) / length
+    ends = [
+        replay.finish({**at.env, at.node: at.y + sign * h * direction}, at.rest, {})
+        for sign in (1.0, -1.0)
+    ]
+    return [
+        (up.double() - down.double()) / (2 * h) if is_measurable(up) else None
+        for up, down in zip(*ends, strict=True)
+    ]
+
+
+def relative_cotangents(task: Task, at: Linearized, tangents: Sequence[Any]) -> Cotangents:
+    """t / ‖y‖² of every output that counts: J_uᵀ of it is H · direction for t = J_u · direction,
+    H the Hessian of half the relative squared error.
+    """
+    return [
+        t.to(y.dtype) / norm**2
+        if t is not None
+        and k not in task.excluded
+        and (norm := float(as_real(y.detach()).double().norm())) > 0
+        else None
+        for k, (y, t) in enumerate(zip(at.outputs, tangents, strict=True))
+    ]
 
 
 def probes(task: Task, outputs: Sequence[Any], count: int = PROBES) -> Iterator[Cotangents]:

@@ -232,6 +232,12 @@ def is_measurable(output: Any) -> bool:
     return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
 
 
+def is_logits(output: Any) -> bool:
+    """Can an output be read as logits along its last dimension?"""
+    is_real = isinstance(output, Tensor) and output.is_floating_point()
+    return is_real and output.dim() > 0 and output.numel() > 0
+
+
 def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 

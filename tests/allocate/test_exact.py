@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,12 @@ from mpq_fx.passes.allocate import (
     explain,
     frontier,
     is_feasible,
+    minimize,
+    value_of,
     values_of,
 )
 from mpq_fx.passes.allocate.exact import form_of
+from mpq_fx.passes.allocate.messages import relax_pairs
 from mpq_fx.passes.allocate.minimize import Search, start
 from mpq_fx.passes.allocate.model import Clock
 from mpq_fx.passes.allocate.problem import within
@@ -160,16 +164,53 @@ def test_twelve_decades_of_spread_cost_neither_feasibility_nor_the_optimum(seed)
     assert got.bound <= want.values["error"]
 
 
-@settings(max_examples=150)
-@given(problems(coupled=False))
-def test_lagrangian_is_feasible_and_its_bound_holds(problem):
+@settings(max_examples=250)
+@given(problems())
+def test_the_start_is_feasible_its_bound_holds_and_keeps_an_optimal_plan(problem):
     want = solved(brute_force, problem)
     if want is None or len(problem.objective) > 1:
         return
     name = problem.objective[0]
-    _, level = start(Search(problem, form_of(problem), name, problem.budgets, Clock(10.0)), None)
+    search = Search(problem, form_of(problem), name, problem.budgets, Clock(10.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minimize, "MANY", 0)
+        left, level = start(search, None)
     assert within(level.bound, want.values[name])
     assert level.assignment is None or is_feasible(problem, level.assignment)
+    sizes = [range(len(group.options)) for group in left.form.groups]
+    plans = (left.form.assignment(picks) for picks in itertools.product(*sizes))
+    costs = [value_of(problem, name, plan) for plan in plans if is_feasible(problem, plan)]
+    least = min([*costs, math.inf if level.assignment is None else level.value])
+    assert least == pytest.approx(want.values[name], rel=3e-9, abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 12), st.randoms(use_true_random=False))
+def test_without_budgets_messages_are_exact_on_a_tree(units, rng):
+    """The plan of the single terms alone is another one; on a tree the bound is the optimum."""
+    names = [f"u{k}" for k in range(units)]
+    options = dict.fromkeys(names, ("a", "b", "c"))
+    error = {(u, o): rng.uniform(0, 1) for u in names for o in "abc"}
+    parents, pairs = {}, {}
+    for k in range(1, units):
+        parents[k] = names[rng.randrange(k)]
+        pairs |= {(parents[k], o, names[k], p): rng.uniform(-1, 1) for o in "abc" for p in "abc"}
+    problem = Problem(options=options, error=error, objective=("error",), pairs=pairs)
+    want = lowest_of_tree(names, parents, error, pairs)
+    found = relax_pairs(form_of(problem), "error", {})
+    assert found is not None
+    assert found.bound == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert found.bound <= want + 1e-12
+
+
+def lowest_of_tree(names: Any, parents: Any, error: Any, pairs: Any) -> float:
+    """By dynamic programming, from the last unit to the first."""
+    cost = dict(error)
+    for k in range(len(names) - 1, 0, -1):
+        u, v = parents[k], names[k]
+        for o in "abc":
+            cost[u, o] += min(pairs[u, o, v, p] + cost[v, p] for p in "abc")
+    return min(cost[names[0], o] for o in "abc")
 
 
 @settings(max_examples=25)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
 import pytest
 
 from mpq_fx.errors import ConfigError
-from mpq_fx.passes.allocate import SOLVERS, Problem, brute_force, cp_sat, is_feasible, lagrangian
+from mpq_fx.passes.allocate import (
+    SOLVERS,
+    Problem,
+    brute_force,
+    cp_sat,
+    is_feasible,
+    lagrangian,
+    value_of,
+)
 
 
 def large(units: int, options: int, seed: int = 0) -> Problem:
@@ -69,10 +78,45 @@ def test_pairs_of_forty_units_are_proved_or_bounded():
     assert is_feasible(problem, found.assignment)
 
 
-def test_the_lagrangian_refuses_pairs_and_brute_force_refuses_size():
-    pairs = {("u0", "w0", "u1", "w1"): 1.0}
-    with pytest.raises(ConfigError, match="pair or edge"):
-        lagrangian.solve(replace(large(2, 2), pairs=pairs))
+@pytest.mark.parametrize("solve", [cp_sat.solve, lagrangian.solve])
+def test_sparse_pairs_of_five_hundred_units_end_under_one_percent_of_gap(solve):
+    problem = with_sparse_pairs(large(500, 8), 5000)
+    found = solve(problem, time_limit=5.0)
+    assert is_feasible(problem, found.assignment)
+    assert 0.0 <= found.gap < 0.01
+    assert found.bound <= found.values["error"]
+
+
+def with_sparse_pairs(problem: Problem, count: int) -> Problem:
+    """Single terms of random pairs, at most 0.3 of the geometric mean of both errors, doubled."""
+    rng, units, pairs = random.Random(0), list(problem.options), {}
+    while len(pairs) < count:
+        u, v = rng.sample(units, 2)
+        o, p = (rng.choice(problem.options[unit]) for unit in (u, v))
+        both = problem.error[u, o] * problem.error[v, p]
+        pairs[u, o, v, p] = 2 * rng.uniform(0.0, 0.3) * both**0.5
+    return replace(problem, pairs=pairs)
+
+
+def test_dense_pairs_under_an_error_budget_get_a_plan():
+    """Single terms alone say nothing of what fits: here pairs are most of the error."""
+    rng, base = random.Random(0), large(85, 3)
+    pairs = {
+        (u, o, v, p): 2 * rng.uniform(-0.1, 0.2) * (base.error[u, o] * base.error[v, p]) ** 0.5
+        for u, v in itertools.combinations(base.options, 2)
+        for o in base.options[u]
+        for p in base.options[v]
+    }
+    free = {"size": base.budgets["size"]}
+    exact = {unit: offers[-1] for unit, offers in base.options.items()}
+    budgets = {"error": 2 * value_of(replace(base, pairs=pairs), "error", exact), **free}
+    problem = replace(base, pairs=pairs, budgets=budgets, objective=("latency",))
+    found = cp_sat.solve(problem, time_limit=1.0)
+    assert is_feasible(problem, found.assignment)
+    assert found.bound <= found.values["latency"]
+
+
+def test_brute_force_refuses_size():
     with pytest.raises(ConfigError, match="assignments"):
         brute_force.solve(large(30, 2))
 

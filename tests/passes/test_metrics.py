@@ -18,16 +18,20 @@ from mpq_fx.passes.analyze import linearize
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.metrics import auto as auto_module
 from mpq_fx.passes.analyze.metrics import fisher, hessian_trace, interlayer_hessian
+from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalues, mean_and_deviation
 from mpq_fx.passes.analyze.metrics.hessian_trace import mean_curvature
+from mpq_fx.passes.analyze.metrics.interlayer_kl import divergence_rows
 from mpq_fx.passes.analyze.metrics.kl_singles import divergence
 from mpq_fx.passes.analyze.metrics.measured_pairs import block_of, measured_pairs, projected
+from mpq_fx.passes.analyze.metrics.relevance import relevances
 from mpq_fx.passes.analyze.ranking import agreement, draw, measured, predicted, spearman
 from tests.architectures import values
 from tests.passes.conftest import Subject, subject
 
 FLOAT, INT8 = Choice("float32", "float32"), Choice("int8", "float32")
 INT4, BF16 = Choice("int4", "float32"), Choice("bfloat16", "bfloat16")
-PAIRED = ("interlayer_hessian", "measured_pairs", "projected_pairs", "block_pairs", "fisher")
+
+CURVED = ("hessian_eigenvalue", "eigenvalue_spread", "perturbation_hessian", "relevance")
 
 
 def task_of(net: Subject, *choices: Choice, ties=()) -> Task:
@@ -186,9 +190,74 @@ def test_a_layer_that_nothing_reads_on_has_no_curvature():
 
     net = subject(muted, (values(12, 16), values(12, 16)), 5, 16)
     loud, mute = (site.name for site in net.sites)
-    for name in ("measured", "kl", "fisher", "hessian_trace", "first_order", "fisher_elementwise"):
+    forward = ("measured", "kl", "fisher", "hessian_trace", "first_order", "fisher_elementwise")
+    for name in (*forward, *CURVED):
         table = METRICS[name](task_of(net, INT4))
         assert table.values[mute, INT4.name] <= 1e-12 < table.values[loud, INT4.name], name
+
+
+def test_a_push_forward_is_the_derivative():
+    net = subject(chain, (values(24, 16), values(12, 24)), 5, 16, calls=1)
+    task = task_of(net, INT8)
+    for here in linearize.reached(task, net.calls[0], lambda unit: True):
+        direction = values(*here.y.shape)
+        y = here.y.detach().requires_grad_()
+        outputs = task.replay.finish({**here.env, here.node: y}, here.rest, {})
+        found = linearize.push_forward(task.replay, here, direction)
+        z = torch.ones_like(outputs[0])
+        (gradient,) = torch.autograd.grad(outputs[0], y, z)
+        wanted = float((gradient * direction).double().sum())
+        assert float(found[0].sum()) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+
+
+def test_an_eigenvalue_is_the_largest_of_the_hessian():
+    """The Hessian by the activation is Wᵀ W / ‖y‖², by the weight xᵀ x / ‖y‖²."""
+    w = torch.diag(torch.tensor([5.0, 2.0, 1.0]))
+    net = subject(lambda x, w: (functional.linear(x, w),), (w,), 1, 3, calls=1)
+    task = task_of(net, INT8)
+    at = linearize.linearize(task.replay, net.calls[0])
+    (x, _), site = net.calls[0], net.sites[0].name
+    found = eigenvalues(task, net.calls[0], at, lambda unit: True)
+    power = float((x @ w.T).square().sum())
+    assert found[site, "activation"] == pytest.approx(25.0 / power, rel=1e-3)
+    assert found[site, "weight"] == pytest.approx(float(x.square().sum()) / power, rel=1e-3)
+
+
+def test_unstable_is_sensitive():
+    assert mean_and_deviation([1.0, 9.0]) == 9.0
+    assert mean_and_deviation([5.0, 5.0]) == 5.0
+
+
+def test_row_sums_rank_elements_by_their_curvature():
+    """L = ½ Σ a_i o_i² has the row sums a."""
+    scales = torch.tensor([4.0, 1.0, 2.0, 0.5])
+    net = subject(
+        lambda x, w, a: (functional.linear(x, w) * a,), (values(4, 3), scales), 5, 3, calls=1
+    )
+    task = task_of(net, INT8)
+    at = linearize.linearize(task.replay, net.calls[0])
+    (here,) = linearize.reached(task, net.calls[0], lambda unit: True)
+    moved = linearize.push_forward(task.replay, here, torch.ones_like(here.y))
+    cotangents = linearize.relative_cotangents(task, at, moved)
+    found = linearize.pull_back(at, cotangents, [here.site])[here.site]
+    norm = float(at.outputs[0].detach().double().square().sum())
+    assert found * norm == pytest.approx((scales**2).expand(5, 4).numpy(), rel=1e-3)
+
+
+def test_relevance_is_conserved_from_layer_to_layer():
+    def rectified(x, one, two, three):
+        y = functional.linear(x, one).relu()
+        return (functional.linear(functional.linear(y, two).relu(), three),)
+
+    weights = (values(16, 8), values(12, 16), values(6, 12))
+    net = subject(rectified, weights, 5, 8, calls=1)
+    task = task_of(net, INT8)
+    at = linearize.linearize(task.replay, net.calls[0])
+    logits = float(at.outputs[0].detach().double().amax(-1).sum())
+    found = relevances(task, at)
+    assert len(found) == 3
+    for passed in found.values():
+        assert float(passed.sum()) == pytest.approx(logits, rel=1e-4)
 
 
 # --- divergence --------------------------------------------------------------------------------
@@ -202,6 +271,19 @@ def test_a_divergence_is_that_of_softmax_and_never_negative():
     assert divergence([one], [one], frozenset()) == 0.0
     assert divergence([two], [one], frozenset({0})) == 0.0
     assert divergence([one + 3.0], [one], frozenset()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_half_of_a_square_is_the_divergence_of_small_errors_alone_and_together():
+    source = torch.Generator().manual_seed(0)
+    y, one, two = torch.randn(3, 7, 5, generator=source).unbind()
+    nothing = frozenset[int]()
+    rows = [divergence_rows([y + 1e-2 * e], [y], nothing) for e in (one, two)]
+    for row, error in zip(rows, (one, two), strict=True):
+        wanted = divergence([y + 1e-2 * error], [y], nothing)
+        assert float(row.square().sum()) / 2 == pytest.approx(wanted, rel=2e-2)
+    both = divergence([y + 1e-2 * (one + two)], [y], nothing)
+    assert float((rows[0] + rows[1]).square().sum()) / 2 == pytest.approx(both, rel=2e-2)
+    assert float(divergence_rows([y + 3.0], [y], nothing).abs().max()) < 1e-6
 
 
 # --- ranks -------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ def hessian_trace(task: Task) -> Table:
         curvature = mean_curvature(task, at)
         for unit, choice in task.changes(is_wanted):
             errors = local_errors(task.replay, at, unit, choice)
-            powers = [_power(task.replay, at, s, choice, e, curvature) for s, e in errors.items()]
+            powers = (
+                curved_power(task.replay, at, s, choice, e, curvature) for s, e in errors.items()
+            )
             yield unit, choice, sum(powers)
 
     return averaged("hessian_trace", task, each, forward_passes=1 + 3 * MOST)
@@ -44,7 +46,7 @@ def mean_curvature(task: Task, at: Linearized) -> dict[tuple[str, str], float]:
     before, count = 0.0, 1
     for count, z in enumerate(probes(task, at.outputs, MOST), 1):
         for site, g in pull_back(at, z).items():
-            for name, (gradient, numel) in _gradients(task.replay, at, site, g).items():
+            for name, (gradient, numel) in operand_gradients(task.replay, at, site, g).items():
                 square = float(gradient.double().square().sum()) / max(1, numel)
                 sums[site, name] = sums.get((site, name), 0.0) + square
         mean = sum(sums.values()) / count
@@ -54,12 +56,12 @@ def mean_curvature(task: Task, at: Linearized) -> dict[tuple[str, str], float]:
     return {key: total / count for key, total in sums.items()}
 
 
-def _gradients(
+def operand_gradients(
     replay: Replayer, at: Linearized, site: str, g: Tensor
 ) -> dict[str, tuple[Tensor, int]]:
     """{tensor: (∂(zᵀy)/∂t, its size)} from the gradient by the result of a site."""
     node, args, kwargs = at.operands[site]
-    places = _places(replay.sites[node.name], str(node.target))
+    places = rounded_operands(replay.sites[node.name], str(node.target))
     if not places:
         return {RESULT: (g, g.numel())}
     leaves = {name: args[k].detach().requires_grad_() for name, k in places.items()}
@@ -72,7 +74,7 @@ def _gradients(
     return {name: (f, f.numel()) for name, f in zip(leaves, found, strict=True)}
 
 
-def _places(site: Site, target: str) -> dict[str, int]:
+def rounded_operands(site: Site, target: str) -> dict[str, int]:
     """Positions of what a choice rounds, where that is a weight and one floating activation."""
     if site.op not in ("linear", "conv"):
         return {}
@@ -80,7 +82,7 @@ def _places(site: Site, target: str) -> dict[str, int]:
     return {"weight": operands.weight, "activation": operands.activation}
 
 
-def _power(
+def curved_power(
     replay: Replayer,
     at: Linearized,
     name: str,
@@ -88,9 +90,10 @@ def _power(
     error: Tensor,
     curvature: Mapping[tuple[str, str], float],
 ) -> float:
+    """Σ_t curvature_t · ‖Δ_t‖² of one site; `error` is that of its result."""
     node, args, _ = at.operands[name]
     site = replay.sites[node.name]
-    places = _places(site, str(node.target))
+    places = rounded_operands(site, str(node.target))
     if not places:
         return curvature.get((name, RESULT), 0.0) * float(error.double().square().sum())
     moved = _rounded(replay, site, choice, {n: args[k] for n, k in places.items()})

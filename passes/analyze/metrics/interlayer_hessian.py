@@ -11,7 +11,7 @@ the terms are those of its sentence, not of its equation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,8 @@ WIDTH = 2**14  # numbers kept of a difference; inner products are off by ‖a‖
 SIGNIFICANT = 3.0  # standard deviations of the cosine of unrelated noise
 
 Pair = tuple[str, str, str, str]
+# outputs, those of the float model, positions of caches among them -> a row of numbers
+Difference = Callable[[Sequence[Any], Sequence[Any], frozenset[int]], Tensor]
 
 
 def interlayer_hessian(task: Task) -> Table:
@@ -36,19 +38,24 @@ def interlayer_hessian(task: Task) -> Table:
     noise power sums over outputs where `measured_singles` takes the largest.  A tie is one unit:
     its pairs stand at its first site.  A cosine that unrelated noise would have too is left out.
     """
+    return with_cross_terms("interlayer_hessian", task, relative_difference)
+
+
+def with_cross_terms(metric: str, task: Task, difference: Difference) -> Table:
+    """‖e(u, c)‖² and 2 ⟨e(u, c), e(v, d)⟩ of the differences that singles make at the outputs."""
     grams, keys, numbers = list[Tensor](), list[Key](), 0
 
     def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
         nonlocal keys, numbers
         reference, rows = task.replay.run(record, {}), dict[Key, Tensor]()
         for unit, choice, outputs in singles(task, record, is_wanted):
-            error = relative_difference(outputs, reference, task.excluded)
+            error = difference(outputs, reference, task.excluded)
             rows[unit[0], choice.name], numbers = sketch(error), error.numel()
             yield unit, choice, float(error.square().sum())
         grams.append(gram_of([*rows.values()]))
         keys = [*rows]
 
-    table = averaged("interlayer_hessian", task, each, forward_passes=task.suffixes)
+    table = averaged(metric, task, each, forward_passes=task.suffixes)
     return replace(table, pairs=pairs_of(torch.stack(grams).mean(0), keys, numbers))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, singles
-from mpq_fx.passes.analyze.replay import is_measurable
+from mpq_fx.passes.analyze.replay import is_logits
 
 
 def kl_singles(task: Task) -> Table:
@@ -31,8 +31,8 @@ def divergence(outputs: Sequence[Any], reference: Sequence[Any], excluded: froze
     """max over outputs of the mean KL(reference ‖ output) in nats; 0 where there are no logits."""
     found = [0.0]
     for k, (y, ref) in enumerate(zip(outputs, reference, strict=True)):
-        if k not in excluded and is_measurable(ref) and not ref.is_complex() and ref.dim():
+        if k not in excluded and is_logits(ref):
             got, want = (functional.log_softmax(x.double(), -1) for x in (y, ref))
             kl = functional.kl_div(got, want, reduction="none", log_target=True).sum(-1)
-            found.append(float(kl.mean().clamp_min(0.0)) if kl.numel() else 0.0)
+            found.append(float(kl.mean().clamp_min(0.0)))
     return max(found)
