@@ -7,28 +7,36 @@ rates that differ between units over three decades.  Pairs join the errors of tw
 share of √(error · error):
 
 singles    10,000 units of 8 options, no pairs
-penalties  500 units of 8 options, 5,000 pairs of units, all terms >= 0
-gram       500 units of 8 options in 25 blocks: all singles and pairs are a Gram matrix per block
-signed     500 units of 8 options, 5,000 pairs of units, terms of either sign
+penalties  500 units of 8 options, 5,000 pair terms >= 0, each of a random choice of two units
+gram       500 units of 8 options; 26 blocks of 3 are Gram matrices: 4,992 terms of either sign
+signed     500 units of 8 options, 5,000 pair terms of either sign
+
+and, far denser than tables of nets are (a pair of options of every two units that are joined):
+
+dense penalties  5,000 pairs of units, 320,000 terms >= 0
+dense signed     5,000 pairs of units, 320,000 terms of either sign
+dense gram       25 blocks of 20, Gram matrices of 16-dimensional vectors: 304,000 terms
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from results import parser
 
 from mpq_fx.passes.allocate import Problem, cp_sat
 
 OPTIONS = 8
+UNITS, TERMS = 500, 5000
 BUDGET = 0.45  # of the bytes of the dearest plan
 STRONGEST = 0.3  # correlation of two errors at most
 DIMENSIONS = 16  # of the vectors whose Gram matrix a block is
-BLOCK = 20  # units in one
 
 
 def singles(draw: random.Random, units: int = 10_000) -> Problem:
@@ -49,28 +57,33 @@ def singles(draw: random.Random, units: int = 10_000) -> Problem:
     )
 
 
-def penalties(draw: random.Random) -> Problem:
-    return coupled(draw, lambda: draw.uniform(0.0, STRONGEST))
+def coupled(draw: random.Random, least: float) -> Problem:
+    """Terms of random choices, correlations from `least` to the strongest."""
+    problem = singles(draw, UNITS)
+    error, units = problem.error, list(problem.options)
+    pairs = dict[tuple[str, str, str, str], float]()
+    while len(pairs) < TERMS:
+        u, v = draw.sample(units, 2)
+        o, p = draw.choice(problem.options[u]), draw.choice(problem.options[v])
+        correlation = draw.uniform(least, STRONGEST)
+        pairs[u, o, v, p] = 2 * correlation * (error[u, o] * error[v, p]) ** 0.5
+    return replace(problem, pairs=pairs)
 
 
-def signed(draw: random.Random) -> Problem:
-    return coupled(draw, lambda: draw.uniform(-STRONGEST, STRONGEST))
-
-
-def coupled(draw: random.Random, correlation: Callable[[], float]) -> Problem:
+def densely_coupled(draw: random.Random, least: float) -> Problem:
     """Random pairs of units; every pair of options has its own correlation."""
-    problem = singles(draw, 500)
+    problem = singles(draw, UNITS)
     units = list(problem.options)
     joined = set[tuple[str, str]]()
-    while len(joined) < 5000:
+    while len(joined) < TERMS:
         u, v = draw.sample(units, 2)
         joined.add((min(u, v), max(u, v)))
-    return with_pairs(problem, sorted(joined), lambda *key: correlation())
+    return with_pairs(problem, sorted(joined), lambda *key: draw.uniform(least, STRONGEST))
 
 
-def gram(draw: random.Random) -> Problem:
+def gram(draw: random.Random, blocks: int, size: int) -> Problem:
     """error of a block = |Σ_u e(u, option)|², e along a direction of the unit and its own."""
-    problem = singles(draw, 500)
+    problem = singles(draw, UNITS)
     units = list(problem.options)
     vectors = {}
     for unit in units:
@@ -78,8 +91,8 @@ def gram(draw: random.Random) -> Problem:
         for option in problem.options[unit]:
             mixed = [a + b for a, b in zip(common, unit_vector(draw), strict=True)]
             vectors[unit, option] = [x / math.hypot(*mixed) for x in mixed]
-    blocks = [units[k : k + BLOCK] for k in range(0, len(units), BLOCK)]
-    joined = [(u, v) for block in blocks for k, u in enumerate(block) for v in block[k + 1 :]]
+    found = [units[k * size : (k + 1) * size] for k in range(blocks)]
+    joined = [pair for block in found for pair in itertools.combinations(block, 2)]
 
     def correlation(u: str, o: str, v: str, p: str) -> float:
         return sum(a * b for a, b in zip(vectors[u, o], vectors[v, p], strict=True))
@@ -108,7 +121,15 @@ def with_pairs(
     return replace(problem, pairs=pairs)
 
 
-KINDS = {"singles": singles, "penalties": penalties, "gram": gram, "signed": signed}
+KINDS: dict[str, Callable[[random.Random], Problem]] = {
+    "singles": singles,
+    "penalties": partial(coupled, least=0.0),
+    "gram": partial(gram, blocks=26, size=3),
+    "signed": partial(coupled, least=-STRONGEST),
+    "dense penalties": partial(densely_coupled, least=0.0),
+    "dense signed": partial(densely_coupled, least=-STRONGEST),
+    "dense gram": partial(gram, blocks=25, size=20),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found.append(cp_sat.solve(problem, time_limit=options.seconds))
         gaps = [solution.gap for solution in found]
         print(
-            f"{kind:10} proved gap {statistics.median(gaps):8.3%} median {max(gaps):8.3%} worst  "
+            f"{kind:16} proved gap {statistics.median(gaps):8.3%} median {max(gaps):8.3%} worst  "
             f"{statistics.median(solution.seconds for solution in found):5.1f} s",
             flush=True,
         )

@@ -74,6 +74,11 @@ def problem(
     )
 
 
+def unchanged(asked: Problem) -> dict[str, str]:
+    """The plan of the user's own precisions: a search that ends without a better one has this."""
+    return {unit: offers[0] for unit, offers in asked.options.items()}
+
+
 def fixed(tables: Mapping[str, Table], baseline: Mapping[str, float], name: str) -> float:
     """What the float model uses outside the units: the part of a budget that no choice can change.
 

@@ -18,7 +18,15 @@ from mpq_fx.facts import INDUCTOR, Plan, Row, SolverFacts
 from mpq_fx.passes.allocate.cp_sat import solve
 from mpq_fx.passes.allocate.frontier import frontier as non_dominated
 from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
-from mpq_fx.problem import RESOURCES, in_user_units, numbers, problem, round_up, unreachable
+from mpq_fx.problem import (
+    RESOURCES,
+    in_user_units,
+    numbers,
+    problem,
+    round_up,
+    unchanged,
+    unreachable,
+)
 
 OBJECTIVES = ("latency", "size")  # resources that a plan can be asked to have least of
 WISHES = ("objective", "tolerance", *RESOURCES)
@@ -39,7 +47,7 @@ def resolve(plan: Plan, **wishes: Any) -> Plan:
         budgets["tolerance"] = float(config.tolerance)
     asked = _problem(plan, config.objective, budgets)
     try:
-        solution = solve(asked)
+        solution = solve(asked, hint=unchanged(asked))
     except InfeasibleError as error:
         raise unreachable(asked, _units(plan)) from error
     return _resolved(plan, config, budgets, solution)

@@ -16,7 +16,7 @@ from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.analyze.replay import Replayer, output_error
-from mpq_fx.problem import in_user_units, numbers, problem, unreachable, words
+from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
 
 
@@ -158,7 +158,8 @@ def _solved(
         scale=scale,
     )
     try:
-        return SOLVERS.named(config.solver)(asked, time_limit=SOLVE_SECONDS)
+        solve = SOLVERS.named(config.solver)
+        return solve(asked, time_limit=SOLVE_SECONDS, hint=unchanged(asked))
     except InfeasibleError as error:
         units = partial(in_user_units, measured.tables, baseline, scale or 1.0)
         raise unreachable(asked, units) from error

@@ -21,7 +21,7 @@ from mpq_fx.passes.allocate.relaxation import Relaxation, relax
 # ortools 9.15 proved a wrong optimum in 1 of 3,439 random models with pairs whose coefficients had
 # 40 bits (other presolve settings fail on other models), and in none of 4,205 with 30 bits.
 BITS = 30
-MANY = 2000  # pair terms: CP-SAT alone is quicker with fewer
+FEW = 10_000  # plans, which CP-SAT alone goes through quicker
 SHARE = 0.3  # of the time limit for the relaxation
 ROUNDS = 400  # of cutting off one plan, times units: worth it where a plan is one of few
 
@@ -106,7 +106,7 @@ def _relaxed(search: Search, form: Form) -> Relaxation | None:
     """The relaxation, unless it would take longer than CP-SAT."""
     if not form.is_coupled:
         return relax(form, search.name, search.limits)
-    if sum(len(b) for q in form.quantities.values() for b in q.blocks.values()) < MANY:
+    if math.prod(len(group.options) for group in form.groups) <= FEW:
         return None
     seconds = search.clock.limit * SHARE
     return relax_pairs(form, search.name, search.limits, seconds=seconds)

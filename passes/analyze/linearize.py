@@ -18,7 +18,7 @@ from torch.fx import Node, map_arg
 from torch.utils._pytree import tree_map_only
 
 from mpq_fx.facts import Choice
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, begun
 from mpq_fx.passes.analyze.replay import Env, Replayer, as_real, is_measurable
 
 PROBES = 4  # random directions at the outputs of one call; each holds a gradient of every site
@@ -90,14 +90,17 @@ class Reached:
 
 
 def reached(task: Task, record: Record, is_wanted: IsWanted) -> Iterator[Reached]:
-    """The sites of the units that are wanted, in the order of the graph."""
+    """The sites of the units for which there is time, in the order of the graph."""
     replay = task.replay
     nodes = list(replay.gm.graph.nodes)
     env = replay.start(record)
-    wanted = {site for unit in task.units if is_wanted(unit) for site in unit}
+    left, wanted = set(task.units), set[str]()
     for at, node in enumerate(nodes):
         if node.op == "output":
             return
+        unit = begun(task, node, left)
+        if unit is not None and is_wanted(unit):
+            wanted.update(unit)
         replay.step(env, node, {})
         site = replay.sites.get(node.name)
         y = env.get(node)

@@ -173,7 +173,7 @@ def test_the_start_is_feasible_its_bound_holds_and_keeps_an_optimal_plan(problem
     name = problem.objective[0]
     search = Search(problem, form_of(problem), name, problem.budgets, Clock(10.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minimize, "MANY", 0)
+        patch.setattr(minimize, "FEW", 0)
         left, level = start(search, None)
     assert within(level.bound, want.values[name])
     assert level.assignment is None or is_feasible(problem, level.assignment)

@@ -98,12 +98,13 @@ def with_sparse_pairs(problem: Problem, count: int) -> Problem:
     return replace(problem, pairs=pairs)
 
 
-def test_dense_pairs_under_an_error_budget_get_a_plan():
-    """Single terms alone say nothing of what fits: here pairs are most of the error."""
+@pytest.mark.parametrize("step", [1, 30])
+def test_pairs_under_an_error_budget_get_a_plan(step):
+    """Single terms alone say nothing of what fits: dense pairs are most of the error."""
     rng, base = random.Random(0), large(85, 3)
     pairs = {
         (u, o, v, p): 2 * rng.uniform(-0.1, 0.2) * (base.error[u, o] * base.error[v, p]) ** 0.5
-        for u, v in itertools.combinations(base.options, 2)
+        for u, v in itertools.islice(itertools.combinations(base.options, 2), 0, None, step)
         for o in base.options[u]
         for p in base.options[v]
     }

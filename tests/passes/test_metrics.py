@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,6 +209,16 @@ def test_a_push_forward_is_the_derivative():
         (gradient,) = torch.autograd.grad(outputs[0], y, z)
         wanted = float((gradient * direction).double().sum())
         assert float(found[0].sum()) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_without_time_a_metric_measures_one_unit_of_each_kind(name):
+    net = planted(1.0, 1.0, 1.0)
+    task = replace(task_of(net, INT8, INT4), deadline=0.0)
+    table = METRICS[name](task)
+    assert table.provenance["records"] == 1
+    assert table.provenance["estimated"] == sorted(site.name for site in net.sites[1:])
+    assert all(table.values[site.name, INT4.name] > 0.0 for site in net.sites)
 
 
 def test_an_eigenvalue_is_the_largest_of_the_hessian():
