@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("latency", "size", "error")
 ON_ERROR = ("raise", "float")
+SEARCH = ("solver", "bisection", "greedy")
 RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops")
 
 
@@ -34,6 +35,7 @@ class Config:
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     solver: str = "cp_sat"  # of the allocation problem
+    search: str = "solver"  # or "bisection", "greedy": what asks for measured errors
     calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"
     time_budget: float = 60.0  # seconds of measuring, solving, compiling
@@ -45,6 +47,7 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("on_error", self.on_error, ON_ERROR)
+        _one_of("search", self.search, SEARCH)
         _check_tolerance(self.tolerance)
         for name in RELATIVE_BUDGETS:
             _check_budget(name, getattr(self, name))
@@ -140,6 +143,13 @@ def _check_conflicts(config: Config) -> None:
         raise ConfigError(
             "objective='error' without a budget is the float model itself",
             fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
+        )
+    named = [name for name in RELATIVE_BUDGETS if getattr(config, name) is not None]
+    if config.search != "solver" and (named or config.tolerance is None):
+        given = ", ".join(named) or "tolerance=None"
+        raise ConfigError(
+            f"search={config.search!r} knows a tolerance and no other budget, and there is {given}",
+            fix='search="solver", or a tolerance alone',
         )
     if (
         config.tolerance is None

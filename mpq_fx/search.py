@@ -15,6 +15,7 @@ from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
+from mpq_fx.passes.allocate.guided import guided
 from mpq_fx.passes.analyze.replay import Replayer, output_error
 from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
@@ -115,6 +116,8 @@ def _search(
     if not start or not measured.sites:
         found = solution(0.0)
         return Candidate(found, joint_error(measured, found.assignment), 1.0)
+    if config.search != "solver":
+        return _guided(measured, config, clock, baseline, start if judge is None else judge)
     if judge is None:
         best = bisect(
             solution,
@@ -135,6 +138,29 @@ def _search(
             fix="raise the tolerance (or max_drop), or a budget",
         )
     return best
+
+
+def _guided(
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    baseline: Mapping[str, float],
+    limit: float | Judge,
+) -> Candidate:
+    """The search of the user's name, asking for measured errors, or for drops of the metric."""
+
+    def worse_by(assignment: Mapping[str, str]) -> float:
+        if isinstance(limit, Judge):
+            return drop(measured, limit, assignment)
+        return joint_error(measured, assignment)
+
+    most = limit.limit if isinstance(limit, Judge) else limit
+    ties = measured.ties
+    asked = problem(
+        measured.tables, objective=config.objective, budgets={}, baseline=baseline, ties=ties
+    )
+    found = guided(asked, config.search, lambda a: not clock.is_past(0.7) and worse_by(a) <= most)
+    return Candidate(found, worse_by(found.assignment), 1.0)
 
 
 def _scale(error_budget: float, start: float | None) -> float:

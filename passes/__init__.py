@@ -13,6 +13,7 @@ from mpq_fx.graph import Pass
 from mpq_fx.passes.analyze.metric import Metric
 from mpq_fx.passes.analyze.metrics.auto import auto
 from mpq_fx.passes.analyze.metrics.fisher import first_order, fisher, fisher_elementwise
+from mpq_fx.passes.analyze.metrics.heavy_tail import heavy_tail
 from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalue_spread, hessian_eigenvalue
 from mpq_fx.passes.analyze.metrics.hessian_trace import hessian_trace
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian
@@ -73,6 +74,7 @@ METRICS: Catalog[Metric] = Catalog(
         "eigenvalue_spread": eigenvalue_spread,
         "perturbation_hessian": perturbation_hessian,
         "relevance": relevance,
+        "heavy_tail": heavy_tail,
         "kl": kl_singles,
         "local_error": local_error,
     },

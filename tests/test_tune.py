@@ -145,6 +145,20 @@ def test_the_metric_and_max_drop_drive_the_bisection(isolated, model):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("search", ["bisection", "greedy"])
+def test_a_search_asks_the_metric(isolated, model, search):
+    drops = []
+
+    def metric(net) -> float:
+        drops.append(relative_rms(net(batch(5, 7)), model(batch(5, 7))))
+        return 1 - drops[-1]
+
+    plan = tune(model, metric=metric, max_drop=0.004, objective="size", search=search)
+    assert len(set(drops)) > 2, "the metric was asked about the same plan only"
+    assert error(mpq_fx.apply(model, plan), model, batch(5, 7)) <= 0.004
+    assert set(named(plan).values()) != {"float32"}
+
+
 def test_a_drop_that_the_examples_cannot_show_is_refused(isolated, model):
     with pytest.raises(ConfigError) as caught:
         tune(model, metric=lambda net: (0.9, 50), max_drop=0.01)

@@ -3,7 +3,7 @@
 The searches of "sensitivity-guided search" (arXiv 2302.01382), and the order that the inter-layer
 augmented Hessian (arXiv 2306.04879) gives them.  Reconstructions: of both papers only abstracts are
 public.  They ask an evaluator of whole assignments and know neither costs nor budgets; what they
-return was evaluated and allowed, or is the first option of every unit.
+return was evaluated and allowed, or is where they started.
 """
 
 from __future__ import annotations
@@ -38,16 +38,15 @@ def incremental_order(
 
 
 def bisection(
-    units: Sequence[str], menu: Sequence[str], order: Order, is_allowed: IsAllowed
+    start: Assignment, menu: Sequence[str], order: Order, is_allowed: IsAllowed
 ) -> Assignment:
-    """For each option below the first: the longest prefix of the order that may take it.
+    """For each option of the menu: the longest prefix of the order that may take it.
 
     Only those may go lower still.  ⌈log2(units + 1)⌉ evaluations for each option.  With an
     evaluator that is not monotone the answer is allowed, though perhaps not the longest.
     """
-    found = dict.fromkeys(units, menu[0])
-    candidates = list(units)
-    for option in menu[1:]:
+    found, candidates = dict(start), list(start)
+    for option in menu:
         candidates = list(order(candidates, found, option))
         low, high = 0, len(candidates)
         while low < high:
@@ -62,15 +61,14 @@ def bisection(
 
 
 def greedy(
-    units: Sequence[str], menu: Sequence[str], order: Order, is_allowed: IsAllowed
+    start: Assignment, menu: Sequence[str], order: Order, is_allowed: IsAllowed
 ) -> Assignment:
-    """For each option below the first: every unit in the order that may take it, one by one.
+    """For each option of the menu: every unit in the order that may take it, one by one.
 
     Only those may go lower still.  As many evaluations for each option as units are left.
     """
-    found = dict.fromkeys(units, menu[0])
-    candidates = list(units)
-    for option in menu[1:]:
+    found, candidates = dict(start), list(start)
+    for option in menu:
         lowered = []
         for unit in order(candidates, found, option):
             trial = {**found, unit: option}

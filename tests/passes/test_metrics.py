@@ -19,6 +19,7 @@ from mpq_fx.passes.analyze import linearize
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.metrics import auto as auto_module
 from mpq_fx.passes.analyze.metrics import fisher, hessian_trace, interlayer_hessian
+from mpq_fx.passes.analyze.metrics.heavy_tail import hill, spectrum
 from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalues, mean_and_deviation
 from mpq_fx.passes.analyze.metrics.hessian_trace import mean_curvature
 from mpq_fx.passes.analyze.metrics.interlayer_kl import divergence_rows
@@ -75,7 +76,7 @@ def test_fewer_bits_and_louder_branches_hurt_more(name):
     table = METRICS[name](task_of(net, INT8, INT4))
     sites = [site.name for site in net.sites]
     assert all(table.values[s, INT4.name] > table.values[s, INT8.name] for s in sites)
-    if name != "local_error":  # which does not look at the outputs
+    if name not in ("local_error", "heavy_tail"):  # which do not look at the outputs
         loud, middle, quiet = (table.values[s, INT4.name] for s in sites)
         assert loud > middle > quiet
 
@@ -269,6 +270,34 @@ def test_relevance_is_conserved_from_layer_to_layer():
     assert len(found) == 3
     for passed in found.values():
         assert float(passed.sum()) == pytest.approx(logits, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "count", "wanted"),
+    [
+        (2, 1000, 1.998476),
+        (3, 1000, 2.996953),
+        (5, 1000, 4.993905),
+        (2, 128, 1.987918),
+        (3, 128, 2.975834),
+        (5, 128, 4.951671),
+    ],
+)
+def test_the_tail_of_a_pareto_law_is_found(alpha, count, wanted):
+    places = (torch.arange(1, count + 1, dtype=torch.float64) - 0.5) / count
+    levels = places ** (-1 / (alpha - 1))
+    assert hill(levels) == pytest.approx(wanted, abs=2e-6)
+    assert hill(100 * levels.flip(0)) == pytest.approx(wanted, abs=2e-6)
+
+
+def test_a_spectrum_is_that_of_the_tiles():
+    w = values(256, 128)
+    found = spectrum(w)
+    halves = [torch.linalg.svdvals(half.double()).square() for half in w.split(128)]
+    assert found.sort().values.numpy() == pytest.approx(torch.cat(halves).sort().values.numpy())
+    shuffled = torch.cat([w[:128].flip(0), w[128:]])
+    assert hill(spectrum(shuffled)) == pytest.approx(hill(found))
+    assert len(spectrum(values(20, 30))) == 20
 
 
 # --- divergence --------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""The sensitivity-guided search on problems: menu, order, ties, and what is allowed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq_fx.passes.allocate import Problem, value_of
+from mpq_fx.passes.allocate.guided import SEARCHES, guided, menu_of
+
+OPTIONS = ("float32", "bfloat16", "int8")
+
+
+def problem_of(rows, *, pairs=None, ties=()) -> Problem:
+    """A row is (error in bfloat16, error in int8) of one unit."""
+    units = [f"u{k}" for k in range(len(rows))]
+    error, latency = {}, {}
+    for unit, noise in zip(units, rows, strict=True):
+        for option, e, ms in zip(OPTIONS, (0.0, *noise), (4.0, 2.0, 1.0), strict=True):
+            error[unit, option], latency[unit, option] = e, ms
+    return Problem(
+        options=dict.fromkeys(units, OPTIONS),
+        error=error,
+        pairs=pairs or {},
+        resources={"latency": latency},
+        objective=("latency", "error"),
+        ties=ties,
+    )
+
+
+def within(problem: Problem, limit: float):
+    return lambda assignment: value_of(problem, "error", assignment) <= limit
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_least_sensitive_go_lowest(search):
+    problem = problem_of([(0.1, 5.0), (0.1, 1.0), (9.0, 99.0), (0.1, 2.0)])
+    found = guided(problem, search, within(problem, 3.5))
+    assert [*found.assignment.values()] == ["bfloat16", "int8", "float32", "int8"]
+    assert found.values["latency"] == 2.0 + 1.0 + 4.0 + 1.0
+    assert (found.status, found.bound) == ("FEASIBLE", 4.0)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_an_option_that_saves_nothing_is_not_taken(search):
+    problem = problem_of([(0.0, 0.0), (0.0, 0.0)])
+    slow = {**problem.resources["latency"], ("u0", "int8"): 3.0}
+    problem = replace(problem, resources={"latency": slow})
+    found = guided(problem, search, lambda _: True)
+    assert found.assignment == {"u0": "bfloat16", "u1": "int8"}
+    assert menu_of(problem, dict.fromkeys(problem.options, "float32")) == ["bfloat16", "int8"]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_planted_pair_keeps_its_units_apart(search):
+    pairs = {("u0", "int8", "u1", "int8"): 2.0}
+    problem = problem_of([(0.0, 1.0), (0.0, 1.0), (0.0, 1.5)], pairs=pairs)
+    found = guided(problem, search, within(problem, 2.6))
+    assert [*found.assignment.values()] == ["int8", "bfloat16", "int8"]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_tied_units_move_together(search):
+    problem = problem_of([(0.0, 1.0), (0.0, 1.0), (0.0, 1.5)], ties=(("u0", "u1"),))
+    found = guided(problem, search, within(problem, 1.7))
+    assert [*found.assignment.values()] == ["bfloat16", "bfloat16", "int8"]
+
+
+@given(st.data(), st.integers(1, 5), st.booleans())
+def test_with_one_step_of_the_menu_the_order_adds_what_raises_the_error_least(data, count, tied):
+    """Terms with units that stay behind, that have moved already, and within a tie all count."""
+    noise = st.floats(0, 3)
+    rows = [(0.0, data.draw(noise)) for _ in range(count)]
+    units = [f"u{k}" for k in range(count)]
+    pairs = {
+        (u, o, v, p): data.draw(st.floats(-2, 2))
+        for u, v in itertools.combinations(units, 2)
+        for o in OPTIONS
+        for p in OPTIONS
+    }
+    ties = (("u0", f"u{count - 1}"),) if tied and count > 1 else ()
+    problem = problem_of(rows, pairs=pairs, ties=ties)
+    asked: list[dict[str, str]] = []
+
+    def remember(assignment):
+        asked.append(dict(assignment))
+        return True
+
+    guided(problem, "greedy", remember)
+    moving = (
+        [[units[0], *units[-1:]], *([u] for u in units[1:-1])] if ties else [[u] for u in units]
+    )
+    for step, before in (("bfloat16", "float32"), ("int8", "bfloat16")):
+        now = dict.fromkeys(units, before)
+        for taken in (a for a in asked if step in a.values() and set(a.values()) <= {step, before}):
+            left = [group for group in moving if now[group[0]] != step]
+            trials = [{**now, **dict.fromkeys(group, step)} for group in left]
+            least = min(value_of(problem, "error", trial) for trial in trials)
+            assert value_of(problem, "error", taken) == pytest.approx(least, abs=1e-9)
+            now = taken
