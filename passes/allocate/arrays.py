@@ -80,6 +80,7 @@ class Neighbors:
 
 
 def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:
+    """The rows of a form as arrays; a budget is divided by its limit."""
     sizes = np.array([len(group.options) for group in form.groups])
     most = int(sizes.max(initial=1))
     rows = (objective, *budgets)
@@ -100,6 +101,7 @@ def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:
 
 
 def neighbors_of(arrays: Arrays) -> list[Neighbors]:
+    """The pairs of each group, in the order of the groups."""
     found: list[list[tuple[int, int]]] = [[] for _ in arrays.sizes]
     for e, (g, h) in enumerate(arrays.ends.tolist()):
         found[g].append((e, 0))

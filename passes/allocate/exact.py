@@ -72,9 +72,14 @@ class Row:
     shift: int
 
     @property
+    def unit(self) -> float:
+        """What one integer stands for."""
+        return _ratio(self.step, 1 << self.shift)
+
+    @property
     def scale(self) -> float:
-        """Integers per float unit."""
-        return _ratio(1 << self.shift, self.step)
+        """Integers per float unit; infinite where a float cannot hold it."""
+        return 1.0 / self.unit if self.unit else math.inf
 
     def bound(self, least: int) -> float:
         """row >= least  ->  quantity >= this, because coefficients were rounded down."""

@@ -24,7 +24,7 @@ def local_search(
     `prices` of the budgets say what a move wastes.  Deterministic.
     """
     plans = [p for p in (*starts, _within(arrays, prices, starts[0])) if p is not None]
-    plans = [picks for picks in plans if (arrays.spent(picks)[1:] <= 1.0 - SLACK).all()]
+    plans = [picks for picks in plans if _fits(arrays.spent(picks))]
     if not plans:
         return None
     found = min(plans, key=lambda picks: float(arrays.spent(picks)[0]))
@@ -34,6 +34,11 @@ def local_search(
             break
         found = moved
     return np.minimum(found, arrays.sizes - 1)
+
+
+def _fits(spent: np.ndarray) -> bool:
+    """Does (cost, use of each budget) keep to the budgets?"""
+    return bool((spent[1:] <= 1.0 - SLACK).all())
 
 
 def _within(arrays: Arrays, prices: np.ndarray, start: np.ndarray) -> np.ndarray | None:
@@ -48,7 +53,7 @@ def _within(arrays: Arrays, prices: np.ndarray, start: np.ndarray) -> np.ndarray
         share = high if best is None else (low + high) / 2
         picks = _descend(arrays.priced(share * prices), groups, picks)
         spent = arrays.spent(picks)
-        fits = bool((spent[1:] <= 1.0 - SLACK).all())
+        fits = _fits(spent)
         if fits and spent[0] < cost:
             best, cost = picks, spent[0]
         if best is None:
@@ -95,7 +100,7 @@ def _move(arrays: Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarray |
             return None
         trial = _moved(picks, [int(pool[k]) for k in divmod(int(at), len(pool))], options)
         spent = arrays.spent(trial)
-        if spent[0] < now[0] and (spent[1:] <= 1.0 - SLACK).all():
+        if spent[0] < now[0] and _fits(spent):
             return trial
     return None
 

@@ -103,6 +103,7 @@ def _plan(arrays: Arrays, prices: np.ndarray, messages: np.ndarray) -> np.ndarra
 
 
 def _groups_alone(arrays: Arrays, messages: np.ndarray) -> Separable:
+    """The groups with what messages moved into them, and without what is left of the pairs."""
     single = arrays.single.copy()
     np.add.at(single[0], arrays.ends, messages)
     return Separable(single[0], single[1:])

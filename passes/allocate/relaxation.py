@@ -79,7 +79,7 @@ def in_units(found: Relaxation, objective: Row) -> Relaxation:
     """Integers of the objective's row -> the quantity's own unit."""
     # The float error of a sum of terms >= 0 is far below 1e-12 of it; rows have integer values.
     least = max(math.ceil(found.bound * (1 - 1e-12) - 1e-6), 0)
-    return Relaxation(objective.bound(least), found.picks, found.extra / objective.scale)
+    return Relaxation(objective.bound(least), found.picks, found.extra * objective.unit)
 
 
 def _search(arrays: Separable) -> Relaxation:

@@ -123,6 +123,16 @@ def test_brute_force_refuses_size():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_errors_below_the_normal_floats_are_errors_too(name):
+    problem = large(4, 3, seed=1)
+    tiny = {key: value * 1e-307 for key, value in problem.error.items()}
+    found = SOLVERS[name](replace(problem, error=tiny))
+    best = brute_force.solve(replace(problem, error=tiny))
+    assert found.bound <= best.values["error"] <= found.values["error"]
+    assert found.values["error"] <= 1.01 * best.values["error"]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_takes_the_same_arguments(name):
     problem = large(4, 3, seed=1)
     best = brute_force.solve(problem)
