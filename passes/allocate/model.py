@@ -15,7 +15,7 @@ from mpq_fx.passes.allocate.exact import Row
 # run, so that the answer does not depend on the machine's load; the limit in seconds is a guard
 # for a machine that is several times slower.
 WORK_PER_SECOND = 0.3
-PATIENCE = 3.0
+PATIENCE = 6.0
 BUILD = 1e-5  # work of building a model, per choice: 30 µs
 
 Outcome = Literal["OPTIMAL", "FEASIBLE", "INFEASIBLE", "UNKNOWN"]

@@ -184,6 +184,22 @@ def test_the_start_is_feasible_its_bound_holds_and_keeps_an_optimal_plan(problem
     assert least == pytest.approx(want.values[name], rel=3e-9, abs=1e-12)
 
 
+@settings(max_examples=100)
+@given(problems())
+def test_no_plan_with_an_option_costs_less_than_the_bound_and_what_the_option_adds(problem):
+    form, name = form_of(problem), problem.objective[0]
+    found = relax_pairs(form, name, problem.budgets) if form.is_coupled else None
+    if found is None:
+        return
+    plans = itertools.product(*(range(len(group.options)) for group in form.groups))
+    for picks in plans:
+        plan = form.assignment(picks)
+        if is_feasible(problem, plan):
+            most = found.bound + max(found.extra[g, i] for g, i in enumerate(picks))
+            cost = value_of(problem, name, plan)
+            assert most <= cost + 1e-9 * max(abs(cost), abs(most), 1.0)
+
+
 @settings(max_examples=60)
 @given(st.integers(2, 12), st.randoms(use_true_random=False))
 def test_without_budgets_messages_are_exact_on_a_tree(units, rng):
