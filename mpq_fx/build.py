@@ -12,7 +12,7 @@ from mpq_fx.binding import Installed, fresh
 from mpq_fx.facts import Choice
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
-from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.analyze.replay import worst_error
 from mpq_fx.passes.lower.constants import fold_constants
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
@@ -52,11 +52,9 @@ def build(
     installed, lowered = lower(
         graph, measured.target, measured.values, choices, measured.replay.scales, mode
     )
-    errors = [
-        output_error(caller(installed, fresh(record))(), reference, measured.excluded)
-        for record, reference in zip(measured.parts.choose, measured.references, strict=True)
-    ]
-    return Variant(label, assignment, installed, lowered, max(errors), mode)
+    runs = (caller(installed, fresh(record))() for record in measured.parts.choose)
+    error = worst_error(runs, measured.references, measured.excluded)
+    return Variant(label, assignment, installed, lowered, error, mode)
 
 
 def lower(

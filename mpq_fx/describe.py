@@ -17,7 +17,7 @@ from mpq_fx.config import Config
 from mpq_fx.facts import Plan, Row, Site, Table
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.activation_memory import peak
-from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.analyze.replay import worst_error
 from mpq_fx.resolve import OBJECTIVES, point_of, solver_facts, trade_offs
 from mpq_fx.search import replayed_error
 from mpq_fx.settle import Settled
@@ -163,12 +163,10 @@ def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float
     """The error of what runs, on calls that chose nothing."""
     if settled.winner.installed is None:
         return 0.0
-    errors = []
-    for record in measured.parts.report:
-        reference = measured.replay.run(record, {})
-        outputs = caller(settled.winner.installed, fresh(record))()
-        errors.append(output_error(outputs, reference, measured.excluded))
-    return max(errors)
+    installed, records = settled.winner.installed, measured.parts.report
+    runs = (caller(installed, fresh(record))() for record in records)
+    references = (measured.replay.run(record, {}) for record in records)
+    return worst_error(runs, references, measured.excluded)
 
 
 def _notes(

@@ -24,7 +24,7 @@ from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
-from mpq_fx.passes.analyze.replay import Replayer, output_error, replayer, run_in
+from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
@@ -192,11 +192,8 @@ def bfloat16_error(
     raw = replayer(graph.raw, (), values)
     halves = {site.dtype for site in graph.sites} - {"float32", "float64"}
     dtype = torch.float32 if halves else torch.bfloat16
-    errors = [
-        output_error(run_in(raw, record, dtype), reference, graph.caches)
-        for record, reference in zip(records, references, strict=True)
-    ]
-    return max(errors)
+    runs = (run_in(raw, record, dtype) for record in records)
+    return worst_error(runs, references, graph.caches)
 
 
 def tolerance_of(config: Config, yardstick: float) -> float | None:

@@ -16,7 +16,7 @@ from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.allocate.guided import guided
-from mpq_fx.passes.analyze.replay import Replayer, output_error
+from mpq_fx.passes.analyze.replay import Replayer, worst_error
 from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
 
@@ -70,11 +70,8 @@ def replayed_error(
 ) -> float:
     """Error of a whole assignment on some calls, the worst of them."""
     choices = parse(measured.proposal, assignment)
-    errors = [
-        output_error(measured.replay.run(record, choices), reference, measured.excluded)
-        for record, reference in zip(records, references, strict=True)
-    ]
-    return max(errors)
+    runs = (measured.replay.run(record, choices) for record in records)
+    return worst_error(runs, references, measured.excluded)
 
 
 def drop(measured: Measured, judge: Judge, assignment: Mapping[str, str]) -> float:

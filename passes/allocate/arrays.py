@@ -59,8 +59,7 @@ class Priced:
 
     def moved(self, messages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """θ with the messages added to the groups and taken from the pairs."""
-        single = self.single.copy()
-        np.add.at(single, self.ends, messages)
+        single = received(self.single, self.ends, messages)
         return single, self.pair - messages[:, 0, :, None] - messages[:, 1, None, :]
 
     def beside(self, group: Neighbors, picks: np.ndarray) -> np.ndarray:
@@ -77,6 +76,13 @@ class Neighbors:
     pairs: np.ndarray
     sides: np.ndarray
     others: np.ndarray
+
+
+def received(single: np.ndarray, ends: np.ndarray, messages: np.ndarray) -> np.ndarray:
+    """single[g] + Σ_e messages[e, g]"""
+    found = single.copy()
+    np.add.at(found, ends, messages)
+    return found
 
 
 def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpq_fx.passes.allocate.arrays import Arrays, Neighbors, Priced, arrays_of, neighbors_of
+from mpq_fx.passes.allocate.arrays import (
+    Arrays,
+    Neighbors,
+    Priced,
+    arrays_of,
+    neighbors_of,
+    received,
+)
 from mpq_fx.passes.allocate.exact import Form, row_of
 from mpq_fx.passes.allocate.local_search import local_search
 from mpq_fx.passes.allocate.relaxation import (
@@ -104,9 +111,7 @@ def _plan(arrays: Arrays, prices: np.ndarray, messages: np.ndarray) -> np.ndarra
 
 def _groups_alone(arrays: Arrays, messages: np.ndarray) -> Separable:
     """The groups with what messages moved into them, and without what is left of the pairs."""
-    single = arrays.single.copy()
-    np.add.at(single[0], arrays.ends, messages)
-    return Separable(single[0], single[1:])
+    return Separable(received(arrays.single[0], arrays.ends, messages), arrays.single[1:])
 
 
 def _separated(arrays: Arrays, messages: np.ndarray) -> Separable:

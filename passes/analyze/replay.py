@@ -7,7 +7,7 @@ use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,12 @@ class Replayer:
             self.weights[key] = found
         return found
 
+    def stored_weight(self, site: Site, choice: Choice, w: Tensor) -> Tensor:
+        """A weight as a choice keeps it, with the numbers it stands for."""
+        if format_named(choice.weight).is_float:
+            return cast(w, getattr(torch, choice.weight)).to(w.dtype)
+        return self.quantized_weight(site, choice.weight, w)
+
     def forget(self, sites: Collection[str]) -> None:
         """Free the fake-quantized weights of some sites."""
         for key in [key for key in self.weights if key[0] in sites]:
@@ -225,6 +231,16 @@ def output_error(
         if k not in excluded and is_measurable(ref) and ref.numel()
     ]
     return max(errors, default=0.0)
+
+
+def worst_error(
+    runs: Iterable[Sequence[Any]],
+    references: Iterable[Sequence[Any]],
+    excluded: frozenset[int] = frozenset(),
+) -> float:
+    """The largest `output_error` of some calls."""
+    both = zip(runs, references, strict=True)
+    return max(output_error(outputs, reference, excluded) for outputs, reference in both)
 
 
 def is_measurable(output: Any) -> bool:

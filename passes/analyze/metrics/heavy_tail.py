@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site, Table
-from mpq_fx.formats import format_named
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
-from mpq_fx.passes.analyze.replay import Replayer, cast
+from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
 
 SIDE, MOST = 128, 256  # of a tile; tiles of one weight
@@ -80,9 +79,6 @@ def _weights(replay: Replayer) -> dict[str, tuple[Site, Tensor]]:
 
 def _mean_square(replay: Replayer, site: Site, choice: Choice, w: Tensor) -> float:
     """mean ΔW²"""
-    if format_named(choice.weight).is_float:
-        moved = cast(w, getattr(torch, choice.weight))
-    else:
-        moved = replay.quantized_weight(site, choice.weight, w)
+    moved = replay.stored_weight(site, choice, w)
     replay.forget([site.name])
     return float((moved.double() - w.double()).square().mean())

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site, Table
-from mpq_fx.formats import format_named
 from mpq_fx.passes.analyze.linearize import Linearized, linearize, local_errors, probes, pull_back
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
-from mpq_fx.passes.analyze.replay import Replayer, call, cast
+from mpq_fx.passes.analyze.replay import Replayer, call
 from mpq_fx.passes.analyze.sites import OPERANDS
 
 MOST, TOLERANCE = 32, 0.01  # walks of one call; relative change of the sum of traces that ends them
@@ -107,9 +106,6 @@ def _rounded(
     replay: Replayer, site: Site, choice: Choice, operands: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Weight and activation as a choice stores them."""
-    if format_named(choice.weight).is_float:
-        dtype = getattr(torch, choice.weight)
-        return {name: cast(t, dtype).to(t.dtype) for name, t in operands.items()}
-    weight = replay.quantized_weight(site, choice.weight, operands["weight"])
+    weight = replay.stored_weight(site, choice, operands["weight"])
     x = replay.quantized_activation(site, choice, operands["activation"])
     return {"weight": weight, "activation": x.to(operands["activation"].dtype)}

@@ -23,11 +23,15 @@ def local_error(task: Task) -> Table:
         at = linearize(task.replay, record)
         for unit, choice in task.changes(is_wanted):
             errors = local_errors(task.replay, at, unit, choice)
-            powers = [_power(e) / max(_power(at.results[s]), 1e-30) for s, e in errors.items()]
-            yield unit, choice, sum(powers)
+            yield unit, choice, sum(relative_power(e, at.results[s]) for s, e in errors.items())
 
     passes = 1 + task.count / max(1, len(task.units))
     return calibrated(task, averaged("local_error", task, each, forward_passes=passes))
+
+
+def relative_power(error: Tensor, y: Tensor) -> float:
+    """‖error‖² / ‖y‖²"""
+    return _power(error) / max(_power(y), 1e-30)
 
 
 def _power(x: Tensor) -> float:

@@ -22,6 +22,7 @@ from mpq_fx.passes.analyze.linearize import (
     pull_back,
 )
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metrics.local_error import relative_power
 from mpq_fx.passes.analyze.replay import is_logits
 
 
@@ -35,7 +36,7 @@ def relevance(task: Task) -> Table:
         for unit, choice in task.changes(is_wanted):
             errors = local_errors(task.replay, at, unit, choice)
             shares = {s: float(passed[s].abs().sum()) / total for s in errors if s in passed}
-            powers = (p * _relative(errors[s], at.results[s]) for s, p in shares.items())
+            powers = (p * relative_power(errors[s], at.results[s]) for s, p in shares.items())
             yield unit, choice, sum(powers)
 
     passes = 3 + task.count / max(1, len(task.units))
@@ -55,8 +56,3 @@ def _target(task: Task, k: int, y: object) -> Tensor | None:
     assert isinstance(y, Tensor)
     with torch.no_grad():
         return torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
-
-
-def _relative(error: Tensor, y: Tensor) -> float:
-    power = float(y.detach().double().square().sum())
-    return float(error.double().square().sum()) / power if power else 0.0
