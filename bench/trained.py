@@ -40,8 +40,9 @@ TEXTS, WORDS, VOCABULARY = 400, 48, 4096  # per class; in a text; hashed
 class Net:
     """`pool` holds rows to calibrate with, `measured` batches that are only for judging.
 
-    `score` maps the outputs on `measured`, in a row, and those of the float net to a number that is
-    better when higher; it cannot tell apart less than 1 / `examples`.
+    `judge` maps the outputs on `measured`, those of the float net and the right answers, row by
+    row, to a number that is better when higher; accuracies that differ by less than 1 / `examples`
+    are the same.
     """
 
     name: str
@@ -49,9 +50,16 @@ class Net:
     pool: Batch
     size: int  # rows in a batch
     measured: tuple[Batch, ...]
-    score: Callable[[Tensor, Tensor], float]
+    answers: Tensor
+    judge: Callable[[Tensor, Tensor, Tensor], float]
     score_name: str
-    examples: int
+
+    @property
+    def examples(self) -> int:
+        return sum(len(batch[0]) for batch in self.measured)
+
+    def score(self, outputs: Tensor, reference: Tensor) -> float:
+        return self.judge(outputs, reference, self.answers)
 
     def calibration(self, seed: int) -> list[Batch]:
         """CALLS batches of rows drawn from the pool without repetition."""
@@ -151,25 +159,26 @@ def _classifier(
     name: str, model: nn.Module, rows: Tensor, tests: Tensor, answers: Tensor, size: int
 ) -> Net:
     whole = len(tests) // size * size
-    tests, answers = tests[:whole], answers[:whole]
+    measured = tuple((x,) for x in tests[:whole].split(size))
+    return Net(name, model, (rows,), size, measured, answers[:whole], accuracy, "accuracy")
 
-    def accuracy(outputs: Tensor, reference: Tensor) -> float:
-        return float((outputs.argmax(1) == answers).double().mean())
 
-    measured = tuple((x,) for x in tests.split(size))
-    return Net(name, model, (rows,), size, measured, accuracy, "accuracy", whole)
+def accuracy(outputs: Tensor, reference: Tensor, answers: Tensor) -> float:
+    """Share of rows whose largest output is that of the right class."""
+    return float((outputs.argmax(1) == answers).double().mean())
+
+
+def cosine(outputs: Tensor, reference: Tensor, answers: Tensor) -> float:
+    """Mean cosine of an embedding and its float twin."""
+    return float(functional.cosine_similarity(outputs, reference, dim=1).double().mean())
 
 
 def sentences() -> Net:
-    """MiniLM; the score is the mean cosine of an embedding and its float twin."""
+    """MiniLM, which has no right answers but those of its float twin."""
     found = minilm()
     pool = tuple(torch.cat(column) for column in zip(*found.calibration, strict=True))
-
-    def cosine(outputs: Tensor, reference: Tensor) -> float:
-        return float(functional.cosine_similarity(outputs, reference, dim=1).mean())
-
-    examples = sum(len(batch[0]) for batch in found.measured)
-    return Net("minilm", found.model, pool, SENTENCES, found.measured, cosine, "cosine", examples)
+    unseen, none = found.measured, torch.zeros(0)
+    return Net("minilm", found.model, pool, SENTENCES, unseen, none, cosine, "cosine")
 
 
 def documentation() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -383,7 +383,7 @@ def test_allocation_asks_every_search_within_equal_budgets(bench):
     ).eval()
     unseen = tuple((torch.randn(6, 12),) for _ in range(2))
     net = trained.Net(
-        "tiny", model, (torch.randn(60, 12),), 6, unseen, lambda y, ref: 1.0, "nothing", 12
+        "tiny", model, (torch.randn(60, 12),), 6, unseen, torch.ones(1), lambda *y: 1.0, "none"
     )
     allocation.registered()
     with torch.no_grad():
