@@ -44,30 +44,35 @@ def default(measure: Measure) -> Rival:
     return Rival(DEFAULT, "auto", partial(with_measured_plans, measure))
 
 
-def with_pairs(problem: Problem) -> Assignment:
+def with_pairs(problem: Problem) -> Assignment | None:
     """What mpq-fx does with a table before it measures a plan."""
-    return dict(solved(problem).assignment)
+    found = solved(problem)
+    return None if found is None else dict(found.assignment)
 
 
-def with_measured_plans(measure: Measure, problem: Problem) -> Assignment:
+def with_measured_plans(measure: Measure, problem: Problem) -> Assignment | None:
     """Solve, measure, correct the table, solve again."""
     first = solved(problem)
+    if first is None:
+        return None
     tried = [Tried(first, measure(first.assignment))]
-    found = best_of(problem, refined(problem, solved, measure, tried, rounds=REFINE_ROUNDS))
+    again = partial(cp_sat.solve, time_limit=SOLVE_SECONDS)
+    found = best_of(problem, refined(problem, again, measure, tried, rounds=REFINE_ROUNDS))
     assert found is not None, "there is no limit on the error"
     return dict(found.solution.assignment)
 
 
-def solved(problem: Problem) -> Solution:
-    return cp_sat.solve(problem, time_limit=SOLVE_SECONDS)
+def solved(problem: Problem) -> Solution | None:
+    """The solver's answer; None if it proves that nothing keeps to the budget."""
+    try:
+        return cp_sat.solve(problem, time_limit=SOLVE_SECONDS)
+    except InfeasibleError:
+        return None
 
 
 def knapsack(problem: Problem) -> Assignment | None:
     """The least sum of scores within the budget (HAWQ-V3 with traces, MCT with replays)."""
-    try:
-        return with_pairs(replace(problem, pairs={}))
-    except InfeasibleError:
-        return None
+    return with_pairs(replace(problem, pairs={}))
 
 
 def monotone_knapsack(problem: Problem) -> Assignment | None:
