@@ -19,7 +19,13 @@ from mpq_fx.formats import TENSOR, Format
 from mpq_fx.numerics import fake_quantize
 from mpq_fx.passes.allocate import SOLVERS, Problem, Solution
 from mpq_fx.passes.allocate.problem import within
-from mpq_fx.passes.analyze.linear_layers import Call, Loss, linear_layers, weight_gradients
+from mpq_fx.passes.analyze.linear_layers import (
+    Call,
+    Loss,
+    at_least_one,
+    linear_layers,
+    weight_gradients,
+)
 from mpq_fx.passes.analyze.salience import fisher_change, per_group
 
 Tables = Mapping[str, Table]  # "error" and "bits"
@@ -83,7 +89,7 @@ def feature_errors(
         for fmt in formats
     }
     sums = {key: torch.zeros(len(delta), dtype=torch.float64) for key, delta in deltas.items()}
-    for call in calls:
+    for call in at_least_one(calls):
         gradients = weight_gradients(model, call, loss, layers)
         for (name, fmt), delta in deltas.items():
             sums[name, fmt] += fisher_change((gradients[name] * delta.cpu()).sum(1))

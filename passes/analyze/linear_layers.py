@@ -54,7 +54,7 @@ def second_moments(
             hooks.enter_context(
                 layer.register_forward_pre_hook(partial(add, name), with_kwargs=True)
             )
-        for call in _some(calls):
+        for call in at_least_one(calls):
             model(*call)
     return found
 
@@ -113,7 +113,8 @@ def _independent() -> CalibrationError:
     )
 
 
-def _some(calls: Sequence[Call]) -> Sequence[Call]:
+def at_least_one(calls: Sequence[Call]) -> Sequence[Call]:
+    """The calls, if there is one."""
     if not calls:
         raise CalibrationError("there is no call to look at", fix="at least one call")
     return calls
