@@ -37,7 +37,7 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
         )
     hessian.diagonal().add_(damping * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).diagonal()
+    return torch.linalg.cholesky(inverse).diagonal()
 
 
 def hessian_salience(w: Tensor, factor: Tensor) -> Tensor:

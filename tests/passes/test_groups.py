@@ -286,6 +286,7 @@ def test_a_share_of_all_features_is_wide_wherever_they_are():
     low, high = (
         sum(v for (_, name), v in tables["bits"].values.items() if name == fmt.name) for fmt in same
     )
+    assert low == pytest.approx((4 + 2 * 24 / 32) / 2 + (4 + 3 * 24 / 40) / 2)
     found = allocate(tables, low + 0.25 * (high - low))
     wide = {u for u, name in found.assignment.items() if name == INT8.name}
     weights = sum(32 if u.startswith("0") else 40 for u in wide)
