@@ -133,6 +133,8 @@ def test_the_smaller_half_is_pruned():
     equal = pruned(torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]))
     assert equal.tolist() == [0.0, 0.0, 1.0, 1.0, -1.0]
     assert pruned(torch.ones(1)).tolist() == [1.0]
+    columns = values(4, 6, 8).transpose(0, 2)
+    assert pruned(columns).stride() == columns.stride(), "what reads it may be a view"
     assert pruned(torch.zeros(0)).numel() == 0
 
 

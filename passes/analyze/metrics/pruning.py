@@ -65,4 +65,4 @@ def pruned(x: Tensor) -> Tensor:
     dropped = sizes < last
     equal = (sizes == last).nonzero().squeeze(1)
     dropped[equal[: count - int(dropped.sum())]] = True  # all of a binary weight are equal
-    return x.masked_fill(dropped.view_as(x), 0.0)
+    return x.clone().masked_fill_(dropped.view_as(x), 0.0)  # with the strides of x, for views
