@@ -29,6 +29,10 @@ def linear_layers(model: nn.Module, layers: Sequence[str] = ("*",)) -> dict[str,
     if model.training:
         raise ConfigError("the model is in training mode", fix="model.eval()")
     every = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not every:
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer", fix="a model with torch.nn.Linear in it"
+        )
     for glob in layers:
         if not any(fnmatchcase(name, glob) for name in every):
             raise ConfigError(f"no linear layer is named {glob!r}", fix=nearest(glob, [*every]))

@@ -228,6 +228,7 @@ def test_moments_are_those_of_what_a_layer_reads():
 REFUSED = {
     "training": (lambda net: second_moments(net.train(), [(values(2, 8),)]), "training mode"),
     "unknown": (lambda net: second_moments(net, [(values(2, 8),)], ["frist"]), "'frist'"),
+    "none": (lambda net: second_moments(nn.Sequential(nn.ReLU()).eval(), []), "no linear layer"),
     "no calls": (lambda net: second_moments(net, []), "no call"),
     "nan": (lambda net: second_moments(net, [(torch.full((2, 8), torch.nan),)]), "16 NaN"),
     "shape": (
