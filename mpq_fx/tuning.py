@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from mpq_fx.binding import Binding
 from mpq_fx.clock import ANNOUNCE
@@ -22,8 +22,10 @@ from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.measure import rerun
+from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
+from mpq_fx.synthetic.origin import synthetic_facts, with_origins
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
@@ -43,12 +45,15 @@ def tune_model(
     from mpq_fx.api import call
 
     _check(model, batches, metric, max_drop)
+    origins = synthetic_facts(batches)
+    if origins:
+        log.warning("%s; compare the plan with float on a few real ones", origins["note"])
     ROOTS.add(model)
     observing = replace(config, calibration_calls=UNLIMITED, plan=None)
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
-        _progress(progress) as bar,
+        progress_bar(progress) as bar,
         torch.inference_mode(),
     ):
         for batch in bar.track(batches, description="observing"):
@@ -69,12 +74,7 @@ def tune_model(
                 f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
-        return merged(plans)
-
-
-def _progress(is_shown: bool) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, transient=True, disable=not is_shown)
+        return with_origins(merged(plans), origins)
 
 
 def _announced(
