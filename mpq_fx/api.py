@@ -35,11 +35,12 @@ def tune(
 ) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
-    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
-    function of a model, higher is better) the plan loses at most the share `max_drop` of the float
-    model's value, which takes the place of the tolerance.  The model itself is left as it was.
-    Raises CalibrationError for no batch
-    and InfeasibleError for budgets that cannot be met.
+    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); `mpq_fx.synthetic`
+    makes some without data, and the plan then says so.  With `metric` (a function of a model,
+    higher is better) the plan loses at most the share `max_drop` of the float model's value, which
+    takes the place of the tolerance.  The model itself is left as it was.
+    Raises CalibrationError for no batch and for a model that is not deterministic, InfeasibleError
+    for budgets that cannot be met.
     """
     from mpq_fx.tuning import tune_model
 

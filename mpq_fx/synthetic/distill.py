@@ -1,10 +1,10 @@
 """argmin over x of Σ over batch norms of ‖μ(x) − running mean‖² + ‖σ(x) − running deviation‖²
-                    + ‖mean(x) − mean‖² + ‖deviation(x) − std‖²
 
 μ, σ: per channel, of what a batch norm reads, over the batch and all positions: what its running
-statistics are of.  ZeroQ (arXiv 2001.00281); its published code takes them per image, which has no
-meaning where a map has one position.  Adam on x alone, the learning rate cut on a plateau; the best
-x of all steps is kept.
+statistics are of.  Adam on x alone, the learning rate cut on a plateau; the best x of all steps is
+kept.  ZeroQ (arXiv 2001.00281); its published code takes μ and σ of each image, which means little
+where a map has few positions, and holds the input to mean 0 and deviation 1, which harms where it
+is normalized otherwise (docs/data_free.md).  Here such a term is added if `mean` is given.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def distilled(  # noqa: PLR0913 -- options of the user, all by name
     count: int = 4,
     steps: int = 500,
     learning_rate: float = 0.5,
-    mean: float | Sequence[float] | None = 0.0,
+    mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> list[Arguments]:
     """`count` batches x of `shape` that the model's batch norms take for training data.
 
-    `shape` has the batch first: (32, 3, 224, 224).  `mean` and `std` are what the input is
-    normalized to, one number or one per channel; mean=None asks nothing of it.  The time is that of
-    count × steps training steps.  The model stays as it is, and is run on its own device.
+    `shape` has the batch first: (32, 3, 224, 224).  `mean` and `std`, where known, are what the
+    input is normalized to, one number or one per channel; else the batch norms alone shape it.  The
+    time is that of count × steps training steps.  The model stays as it is, on its own device.
     Raises CalibrationError for a model without batch norm, or whose batch norms the input does not
     reach, ConfigError for one of several inputs.
     """

@@ -20,7 +20,7 @@ SHAPE = (8, 3, 6, 6)
 
 
 def few(model, **options):
-    return distilled(model, SHAPE, **{"count": 1, "steps": 3, "mean": None, **options})
+    return distilled(model, SHAPE, **{"count": 1, "steps": 3, **options})
 
 
 def everything(model: nn.Module):
@@ -42,14 +42,14 @@ def assert_same(one, other) -> None:
 
 
 def test_the_optimum_behind_an_identity_has_the_statistics_of_the_batch_norm():
-    ((x,),) = distilled(Identity().eval(), SHAPE, count=1, mean=None)
+    ((x,),) = distilled(Identity().eval(), SHAPE, count=1)
     channels = x.transpose(0, 1).flatten(1)
     assert torch.allclose(channels.mean(1), torch.tensor(MEANS), atol=1e-2)
     assert torch.allclose(channels.std(1), torch.tensor(DEVIATIONS), atol=1e-2)
 
 
 def test_the_loss_falls_at_least_tenfold_from_noise():
-    (batch,) = distilled(Identity().eval(), SHAPE, count=1, mean=None)
+    (batch,) = distilled(Identity().eval(), SHAPE, count=1)
     first, last = batch.origin.facts["loss"]
     assert 0 <= last <= first / 10
 
@@ -184,7 +184,7 @@ def test_batches_have_the_type_of_the_model(dtype):
 def test_any_shape_of_input_is_distilled(model, shape):
     with torch.no_grad():
         model[1].running_mean.fill_(0.3)
-    (batch,) = distilled(model.eval(), shape, count=1, steps=40, mean=None)
+    (batch,) = distilled(model.eval(), shape, count=1, steps=40)
     assert batch[0].shape == shape
     assert batch.origin.facts["loss"][1] < batch.origin.facts["loss"][0]
 
@@ -213,7 +213,7 @@ def test_a_frozen_batch_norm_of_another_library_is_known_by_its_buffers():
             scale = (self.running_var + 1e-5).rsqrt()
             return (x - self.running_mean[:, None, None]) * scale[:, None, None]
 
-    ((x,),) = distilled(Frozen().eval(), SHAPE, count=1, mean=None)
+    ((x,),) = distilled(Frozen().eval(), SHAPE, count=1)
     assert x.mean() == pytest.approx(4.0, abs=0.02)
     assert x.std() == pytest.approx(0.5, abs=0.02)
 
