@@ -98,8 +98,9 @@ def batch_norms(model: nn.Module) -> dict[nn.Module, Target]:
     found = {}
     for name, module in root_of(model).named_modules():
         mean, variance = (getattr(module, k, None) for k in ("running_mean", "running_var"))
-        is_one = isinstance(mean, Tensor) and isinstance(variance, Tensor)
-        if not is_one or isinstance(module, PER_INSTANCE):
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+            continue
+        if isinstance(module, PER_INSTANCE):
             continue
         for buffer, tensor in (("running_mean", mean), ("running_var", variance)):
             if not bool(torch.isfinite(tensor).all()):
