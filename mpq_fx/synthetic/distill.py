@@ -23,6 +23,8 @@ from mpq_fx.progress import progress_bar
 from mpq_fx.registry import root_of
 from mpq_fx.synthetic.origin import Arguments, Origin
 from mpq_fx.synthetic.probe import (
+    OWN_BATCHES,
+    accepted,
     check_positive,
     home_of,
     is_required,
@@ -76,6 +78,8 @@ def distilled(  # noqa: PLR0913 -- options of the user, all by name
     draw = torch.Generator().manual_seed(seed)
     batches = []
     with undisturbed(model) as run, progress_bar(progress) as bar, torch.enable_grad():
+        with torch.no_grad(), accepted(model, "an input", sizes):
+            run(torch.zeros(sizes, device=device, dtype=dtype))
         task = bar.add_task("distilling", total=count * steps)
         for _ in range(count):
             start = torch.randn(sizes, generator=draw).to(device)
@@ -114,8 +118,7 @@ def batch_norms(model: nn.Module) -> dict[nn.Module, Target]:
         raise CalibrationError(
             f"{type(model).__name__} has no batch norm with running statistics to distill inputs "
             "from",
-            fix="some real inputs, mpq_fx.tune(model, batches); for a model of tokens "
-            "mpq_fx.synthetic.sampled or random_tokens",
+            fix=f"{OWN_BATCHES}; of tokens: mpq_fx.synthetic.sampled or random_tokens",
         )
     if all(_is_new(target) for target in found.values()):
         log.warning("every batch norm has the statistics of a new model: was it trained?")
@@ -176,7 +179,7 @@ def _loss(
     if not terms:
         raise CalibrationError(
             "forward calls none of the batch norms: " + ", ".join(t.name for t in layers.values()),
-            fix="some real inputs, mpq_fx.tune(model, batches)",
+            fix=OWN_BATCHES,
         )
     for target, term in terms:
         if not bool(torch.isfinite(term)):

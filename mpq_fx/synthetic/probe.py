@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mpq_fx.errors import ConfigError
+from mpq_fx.errors import CalibrationError, ConfigError, first_line
 from mpq_fx.registry import root_of
+
+OWN_BATCHES = "batches of your own: mpq_fx.tune(model, batches)"
 
 
 @contextmanager
@@ -34,6 +36,18 @@ def undisturbed(model: nn.Module) -> Iterator[Callable[..., Any]]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def accepted(model: nn.Module, what: str, shape: Sequence[int]) -> Iterator[None]:
+    """A shape that forward cannot take is the caller's mistake, told in forward's own words."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise CalibrationError(
+            f"{type(model).__name__} refuses {what} of shape {tuple(shape)}: {first_line(error)}",
+            fix=f"a shape that it takes, or {OWN_BATCHES}",
+        ) from error
 
 
 def _readable(parameter: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_fx.errors import CalibrationError, ConfigError, first_line
+from mpq_fx.errors import CalibrationError, ConfigError
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import root_of
 from mpq_fx.synthetic.origin import Keywords, Origin
 from mpq_fx.synthetic.probe import (
+    OWN_BATCHES,
+    accepted,
     check_positive,
     home_of,
     is_required,
@@ -30,7 +32,6 @@ SPECIAL = tuple(
     f"{name}_token_id"
     for name in ("pad", "bos", "eos", "sep", "cls", "mask", "unk", "decoder_start")
 )
-OWN_BATCHES = "batches of your own: mpq_fx.tune(model, batches)"
 CAUSAL = 1e-3  # what rounding may change of earlier logits, relative to the largest
 
 
@@ -199,14 +200,8 @@ def embeddings_of(model: nn.Module, reader: Reader, length: int) -> list[nn.Embe
     every = [m for m in root_of(model).modules() if isinstance(m, nn.Embedding)]
     hooks = [m.register_forward_pre_hook(read, with_kwargs=True) for m in every]
     try:
-        with undisturbed(model) as run, torch.no_grad():
+        with undisturbed(model) as run, torch.no_grad(), accepted(model, "token ids", ids.shape):
             run(**reader.batch(ids))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # forward's own words
-        raise CalibrationError(
-            f"{type(model).__name__} refuses token ids of shape {tuple(ids.shape)}: "
-            f"{first_line(error)}",
-            fix=f"a length that it takes, or {OWN_BATCHES}",
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -63,5 +63,5 @@ def gpt2(**options):
 
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 61, "n_positions": 24}
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.5}  # the past matters
     return GPT2LMHeadModel(GPT2Config(**{**sizes, **ids, **options})).eval()

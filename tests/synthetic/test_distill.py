@@ -273,7 +273,7 @@ class Untracked(nn.Sequential):
         (Untracked(), CalibrationError, "has no batch norm with running", "random_tokens"),
         (Two(), ConfigError, "Two.forward needs 2 inputs (x, scale)", "a module of one input"),
         (Cut(), CalibrationError, "no gradient of the batch norms", "torch.no_grad() or detach()"),
-        (Elsewhere(), CalibrationError, "calls none of the batch norms: norm", "real inputs"),
+        (Elsewhere(), CalibrationError, "calls none of the batch norms: norm", "your own"),
     ],
 )
 def test_a_model_that_cannot_be_distilled_says_why_and_what_to_do(model, kind, message, fix):
@@ -331,11 +331,13 @@ def test_a_shape_that_is_none_is_refused(shape):
         distilled(Identity().eval(), shape)
 
 
-def test_a_shape_that_the_model_refuses_ends_with_its_own_error():
+def test_a_shape_that_the_model_refuses_is_told_in_its_own_words():
     model = Identity().eval()
     before = everything(model)
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(CalibrationError, match="Identity refuses an input of shape") as caught:
         distilled(model, (2, 5, 4, 4))
+    assert "channels" in caught.value.what
+    assert "a shape that it takes" in caught.value.fix
     assert_same(before, everything(model))
 
 

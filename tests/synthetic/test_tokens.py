@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,8 @@ def test_cold_sampling_is_what_transformers_generates_greedily():
         pad_token_id=0,
     )
     assert torch.equal(batch["input_ids"], wanted)
+    follows = {(a, b) for row in wanted.tolist() for a, b in pairwise(row)}
+    assert len({a for a, _ in follows}) < len(follows), "the last token alone does not tell"
     assert torch.equal(batch["attention_mask"], torch.ones(3, 12, dtype=torch.long))
     assert sorted(batch) == ["attention_mask", "input_ids"]
     with torch.inference_mode():
