@@ -42,16 +42,22 @@ def tune(
     Raises CalibrationError for no batch and for a model that is not deterministic, InfeasibleError
     for budgets that cannot be met.
     """
+    from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
 
-    return tune_model(
+    given = list(batches)
+    made_up = synthetic_facts(given)
+    if made_up:
+        log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
+    plan = tune_model(
         model,
-        list(batches),
+        given,
         metric=metric,
         max_drop=max_drop,
         config=config or Config(),
         progress=progress,
     )
+    return with_origins(plan, made_up)
 
 
 def pareto(

@@ -25,7 +25,6 @@ from mpq_fx.measure import rerun
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
-from mpq_fx.synthetic.origin import synthetic_facts, with_origins
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
@@ -45,9 +44,6 @@ def tune_model(
     from mpq_fx.api import call
 
     _check(model, batches, metric, max_drop)
-    origins = synthetic_facts(batches)
-    if origins:
-        log.warning("%s; compare the plan with float on a few real ones", origins["note"])
     ROOTS.add(model)
     observing = replace(config, calibration_calls=UNLIMITED, plan=None)
     compiled = compile_apart(model, config=observing)
@@ -74,7 +70,7 @@ def tune_model(
                 f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
-        return with_origins(merged(plans), origins)
+        return merged(plans)
 
 
 def _announced(

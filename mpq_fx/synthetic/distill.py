@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,15 +82,10 @@ def distilled(  # noqa: PLR0913 -- options of the user, all by name
         with torch.no_grad(), accepted(model, "an input", sizes):
             run(torch.zeros(sizes, device=device, dtype=dtype))
         task = bar.add_task("distilling", total=count * steps)
+        loss_of = partial(_loss, run, layers, wanted, dtype)
         for _ in range(count):
-            start = torch.randn(sizes, generator=draw).to(device)
-            x, losses = _descend(
-                _by_channel(start, wanted),
-                lambda x: _loss(run, layers, x.to(dtype), wanted),
-                steps,
-                learning_rate,
-                lambda: bar.advance(task),
-            )
+            start = _by_channel(torch.randn(sizes, generator=draw).to(device), wanted)
+            x, losses = _descend(start, loss_of, steps, learning_rate, partial(bar.advance, task))
             facts = {"seed": seed, "steps": steps, "loss": losses}
             batches.append(Arguments((x.to(dtype),), Origin("distilled", WORDS, facts)))
     return batches
@@ -171,11 +167,15 @@ def _by_channel(noise: Tensor, wanted: Target | None) -> Tensor:
 
 
 def _loss(
-    run: Callable[..., Any], layers: Mapping[nn.Module, Target], x: Tensor, wanted: Target | None
+    run: Callable[..., Any],
+    layers: Mapping[nn.Module, Target],
+    wanted: Target | None,
+    dtype: torch.dtype,
+    x: Tensor,
 ) -> Tensor:
-    """The whole sum of one call; CalibrationError where it cannot lead x anywhere."""
+    """The whole sum of one call in `dtype`; CalibrationError where it cannot lead x anywhere."""
     with _reading(layers) as terms:
-        run(x)
+        run(x.to(dtype))
     if not terms:
         raise CalibrationError(
             "forward calls none of the batch norms: " + ", ".join(t.name for t in layers.values()),

@@ -52,6 +52,27 @@ class Reader:
         return given | dict.fromkeys(self.second, ids if second is None else second)
 
 
+@dataclass(frozen=True)
+class Dice:
+    """How the next token is drawn."""
+
+    temperature: float
+    top_k: int | None
+    banned: tuple[int, ...]
+    draw: torch.Generator
+
+    def thrown(self, logits: Tensor) -> Tensor:
+        """[rows, vocabulary] -> an id per row, [rows, 1]; on the CPU all devices draw alike."""
+        scores = logits / self.temperature
+        if bool(scores.isnan().any()):
+            raise CalibrationError("the model's logits hold NaN", fix="weights that are finite")
+        scores[:, list(self.banned)] = -torch.inf
+        if self.top_k is not None and self.top_k < scores.shape[1]:
+            kept = scores.topk(self.top_k).indices
+            scores = torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))
+        return torch.multinomial(scores.softmax(1), 1, generator=self.draw)
+
+
 def random_tokens(
     model: nn.Module,
     shape: Sequence[int],
@@ -106,31 +127,22 @@ def sampled(  # noqa: PLR0913 -- options of the user, all by name
     """
     rows, length = _rows_and_tokens(shape)
     check_positive(count=count, temperature=temperature, top_k=top_k)
-    reader, (device, _) = reader_of(model), home_of(model)
-    if reader.second:
-        raise CalibrationError(
-            f"{type(model).__name__} reads one sequence and writes another, so it cannot go on "
-            "with its own",
-            fix="mpq_fx.synthetic.random_tokens(model, shape)",
-        )
+    reader, (device, _) = _writer_of(model), home_of(model)
     size, padding = _vocabulary(model, reader, length, vocabulary)
-    if first is not None and not 0 <= first < size:
-        raise ConfigError(f"first={first} is no id of a vocabulary of {size}", fix="first=None")
+    _check_first(first, size)
     draw = torch.Generator().manual_seed(seed)
     facts = {"seed": seed, "vocabulary": size, "temperature": temperature, "top_k": top_k}
     origin = Origin("sampled", "sampled from the model itself", facts)
     batches = []
     with undisturbed(model) as run, progress_bar(progress) as bar, torch.no_grad():
-        score = _scorer(run, reader, size, device)
-        _check_causal(score, length, size)
+        score = _causal(_scorer(run, reader, size, device), length, size)
         task = bar.add_task("sampling", total=count * (length - 1))
-        banned = sorted(padding)
+        dice = Dice(temperature, top_k, tuple(sorted(padding)), draw)
         for _ in range(count):
             ids = torch.randint(size, (rows, 1), generator=draw)
             ids = ids if first is None else torch.full_like(ids, first)
             for _ in range(length - 1):
-                logits = score(ids)[:, -1]
-                ids = torch.cat([ids, _next(logits, temperature, top_k, banned, draw)], 1)
+                ids = torch.cat([ids, dice.thrown(score(ids)[:, -1])], 1)
                 bar.advance(task)
             batches.append(Keywords(reader.batch(ids.to(device)), origin))
     return batches
@@ -155,6 +167,17 @@ def reader_of(model: nn.Module) -> Reader:
             fix=OWN_BATCHES,
         )
     return Reader(ids, masks, kinds, second, tuple(n for n in names if n == "use_cache"))
+
+
+def _writer_of(model: nn.Module) -> Reader:
+    reader = reader_of(model)
+    if reader.second:
+        raise CalibrationError(
+            f"{type(model).__name__} reads one sequence and writes another, so it cannot go on "
+            "with its own",
+            fix="mpq_fx.synthetic.random_tokens(model, shape)",
+        )
+    return reader
 
 
 def specials(model: nn.Module) -> set[int]:
@@ -236,8 +259,17 @@ def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def _check_causal(score: Callable[[Tensor], Tensor], length: int, vocabulary: int) -> None:
-    """Another last token changes no earlier logits; a model that looks ahead writes no text."""
+def _check_first(first: int | None, vocabulary: int) -> None:
+    if first is not None and not 0 <= first < vocabulary:
+        raise ConfigError(
+            f"first={first} is no id of a vocabulary of {vocabulary}", fix="first=None"
+        )
+
+
+def _causal(
+    score: Callable[[Tensor], Tensor], length: int, vocabulary: int
+) -> Callable[[Tensor], Tensor]:
+    """`score`, if another last token changes no earlier logits: what looks ahead cannot write."""
     ids = (torch.arange(max(2, min(length, 8))) % vocabulary)[None]
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % vocabulary
@@ -248,20 +280,7 @@ def _check_causal(score: Callable[[Tensor], Tensor], length: int, vocabulary: in
             "a sequence token by token",
             fix="mpq_fx.synthetic.random_tokens(model, shape)",
         )
-
-
-def _next(
-    logits: Tensor, temperature: float, top_k: int | None, banned: list[int], draw: torch.Generator
-) -> Tensor:
-    """One id per row, [rows, 1]; on the CPU, so that every device draws alike."""
-    scores = logits / temperature
-    if bool(scores.isnan().any()):
-        raise CalibrationError("the model's logits hold NaN", fix="weights that are finite")
-    scores[:, banned] = -torch.inf
-    if top_k is not None and top_k < scores.shape[1]:
-        kept = scores.topk(top_k).indices
-        scores = torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))
-    return torch.multinomial(scores.softmax(1), 1, generator=draw)
+    return score
 
 
 def _rows_and_tokens(shape: Sequence[int]) -> tuple[int, int]:
