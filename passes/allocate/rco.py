@@ -1,0 +1,208 @@
+"""min measured noise s.t. one budget, by gradients of option logits (RCO, arXiv 2605.00649)
+
+The logits move on the manifold of plans whose expected cost is the budget:
+
+    α <- −ln noise of the table, retracted;   then, with a falling temperature τ,
+    g ~ Gumbel,  a = (α + g) / τ,  soft = softmax(a),  hard = the plan of largest Σ a in the budget
+    G = soft ∘ (∂noise/∂share at hard) / τ, projected on the tangent plane;  Adam;  retract;
+    Adam's first moment is projected on the plane of the new point.
+    At last the plan of largest Σ ln softmax(α) within the budget.
+
+Where paper and published code differ, the anneal is the code's, which is exponential.  A plan may
+cost less than the budget.  The float option, whose noise is 0, begins with a share of the largest
+noise of its row, lest it has all of the probability.  One draw for each step, seeded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_fx.passes.allocate.knapsack import cells_of, knapsack
+from mpq_fx.passes.allocate.manifold import (
+    Costs,
+    normal,
+    retract,
+    softmax,
+    tangent,
+    through_softmax,
+)
+from mpq_fx.passes.allocate.problem import (
+    ERROR,
+    Group,
+    Problem,
+    coupling_of,
+    groups_of,
+    table_of,
+)
+from mpq_fx.passes.allocate.search import Candidate, Evaluator, Plan, Search, Shares, candidate_of
+
+if TYPE_CHECKING:
+    from mpq_fx.config import Config
+
+STEPS = 200
+RATE = 0.1  # of Adam
+MOMENTS = (0.9, 0.999)
+HOT, COLD = 1.0, 0.01  # temperatures at the first step and at the last
+FLOOR = 1e-3  # of the largest noise of a row: the least that an option begins with
+CELLS = 500  # of the budget, for the plans on the way
+SURE = 1e-12  # the least probability of the last plan's options
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The groups of a problem as rows of arrays; `offered` is false where a row has ended."""
+
+    groups: tuple[Group, ...]
+    offered: np.ndarray
+    noise: np.ndarray
+    costs: Costs
+
+    def plan(self, picks: np.ndarray) -> dict[str, str]:
+        return {
+            unit: group.options[pick]
+            for group, pick in zip(self.groups, picks, strict=True)
+            for unit in group.members
+        }
+
+    def shares(self, hard: np.ndarray) -> Shares:
+        """1 for the option that a unit has in a plan, 0 for all others it offers."""
+        return {
+            (unit, option): float(k == pick)
+            for group, pick in zip(self.groups, hard, strict=True)
+            for unit in group.members
+            for k, option in enumerate(group.options)
+        }
+
+    def gathered(self, values: Shares) -> np.ndarray:
+        """Σ over the units of a group, by row and option; 0 where a row has ended."""
+        return gathered(self.groups, values)
+
+
+def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
+    found = np.zeros((len(groups), max(len(group.options) for group in groups)))
+    for g, group in enumerate(groups):
+        for k, option in enumerate(group.options):
+            found[g, k] = math.fsum(values[unit, option] for unit in group.members)
+    return found
+
+
+def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
+    """The better, as measured, of the last plan and of the solver's own."""
+    begin = time.perf_counter()
+    (name,) = problem.budgets
+    first = evaluator.solve(problem).assignment
+    if evaluator.error(first) == 0.0:
+        return candidate_of(problem, evaluator, first, time.perf_counter() - begin)
+    rows, budget = rows_of(problem, name), problem.budgets[name]
+    logits = descended(rows, budget, evaluator)
+    last = rounded(problem, rows, softmax(logits), evaluator)
+    best = min((last, first), key=evaluator.error)
+    return candidate_of(problem, evaluator, best, time.perf_counter() - begin)
+
+
+def rows_of(problem: Problem, name: str) -> Rows:
+    """Noise and costs of every option, and what pairs of neighbors cost together."""
+    groups = groups_of(problem)
+    noise, single = gathered(groups, problem.error), gathered(groups, table_of(problem, name))
+    offered = np.array([[k < len(g.options) for k in range(noise.shape[1])] for g in groups])
+    at = {
+        (unit, option): (g, k)
+        for g, group in enumerate(groups)
+        for k, option in enumerate(group.options)
+        for unit in group.members
+    }
+    pairs: dict[tuple[int, int], np.ndarray] = {}
+    for (u, o, v, p), term in coupling_of(problem, name).items():
+        if (u, o) not in at or (v, p) not in at:
+            continue  # a tie leaves this option to neither
+        (i, k), (j, m) = at[u, o], at[v, p]
+        if i != j:
+            pairs.setdefault((i, j), np.zeros((single.shape[1],) * 2))[k, m] += term
+        elif k == m:
+            single[i, k] += term
+    together = tuple((i, j, both) for (i, j), both in pairs.items())
+    return Rows(groups, offered, noise, Costs(single, together))
+
+
+def begun(rows: Rows) -> np.ndarray:
+    """α = −ln noise, floored, with rows of mean 0; −inf where a row has ended."""
+    largest = np.where(rows.offered, rows.noise, -np.inf).max(axis=1, keepdims=True, initial=0.0)
+    floor = np.where(largest > 0.0, FLOOR * largest, 1.0)
+    logits = -np.log(np.maximum(rows.noise, floor))
+    mean = np.where(rows.offered, logits, 0.0).sum(axis=1, keepdims=True)
+    mean /= rows.offered.sum(axis=1, keepdims=True)
+    return np.where(rows.offered, logits - mean, -np.inf)
+
+
+def descended(rows: Rows, budget: float, evaluator: Evaluator) -> np.ndarray:
+    """The logits after STEPS steps, or as many as there was time for."""
+    source = np.random.default_rng(0)
+    logits = retract(begun(rows), rows.costs, budget)
+    first, second = np.zeros(logits.shape), np.zeros(logits.shape)
+    for step in range(STEPS):
+        if evaluator.is_past():
+            break
+        heat = HOT * (COLD / HOT) ** (step / (STEPS - 1))
+        drawn = (logits + source.gumbel(size=logits.shape)) / heat
+        noise, given = evaluator.gradient(rows.shares(sampled(rows, drawn, budget)), step)
+        if not math.isfinite(noise):
+            continue
+        upright = normal(softmax(logits), rows.costs)
+        gradient = through_softmax(softmax(drawn), rows.gathered(given)) / heat
+        gradient = tangent(gradient, upright)
+        first = MOMENTS[0] * first + (1 - MOMENTS[0]) * gradient
+        second = MOMENTS[1] * second + (1 - MOMENTS[1]) * gradient**2
+        logits = retract(logits - _adam(first, second, step + 1), rows.costs, budget)
+        first = tangent(first, normal(softmax(logits), rows.costs))
+    return logits
+
+
+def _adam(first: np.ndarray, second: np.ndarray, steps: int) -> np.ndarray:
+    """RATE · m̂ / √v̂, with both moments freed of their start at 0."""
+    mean = first / (1 - MOMENTS[0] ** steps)
+    spread = np.sqrt(second / (1 - MOMENTS[1] ** steps))
+    return RATE * np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 0)
+
+
+def sampled(rows: Rows, drawn: np.ndarray, budget: float) -> np.ndarray:
+    """The plan of largest Σ drawn within the budget, pairs priced at the present shares."""
+    shares = softmax(drawn)
+    costs = rows.costs.marginal(shares)
+    rest = rows.costs.total(shares) - float((costs * shares).sum())  # pairs are in both marginals
+    costs = np.where(rows.offered, costs, np.inf)
+    return knapsack(drawn, cells_of(costs, budget - rest, CELLS), CELLS)
+
+
+def rounded(problem: Problem, rows: Rows, shares: np.ndarray, evaluator: Evaluator) -> Plan:
+    """The plan of largest Σ ln p that keeps exactly to the budget, by the user's solver."""
+    price = -np.log(np.maximum(shares, SURE))
+    unlikely = {
+        (unit, option): float(price[g, k]) / len(group.members)
+        for g, group in enumerate(rows.groups)
+        for unit in group.members
+        for k, option in enumerate(group.options)
+    }
+    asked = replace(problem, error=_offered(problem, unlikely), pairs={}, objective=(ERROR,))
+    return evaluator.solve(asked).assignment
+
+
+def _offered(problem: Problem, unlikely: Mapping[tuple[str, str], float]) -> Shares:
+    """Options that ties or force rule out need a number, too."""
+    return {key: unlikely.get(key, 0.0) for key in problem.error}
+
+
+def refuse(config: Config) -> Iterator[str]:
+    """One budget that is met exactly, and the error to be least."""
+    if config.objective != "error":
+        yield f"minimizes the error, and there is objective={config.objective!r}"
+    if len(config.budgets) > 1:
+        yield f"keeps to one budget, and there are {', '.join(config.budgets)}"
+
+
+RCO = Search(rco, refuse)
