@@ -8,6 +8,9 @@ The logits move on the manifold of plans whose expected cost is the budget:
     Adam's first moment is projected on the plane of the new point.
     At last the plan of largest Σ ln softmax(α) within the budget.
 
+Logits weigh what an option costs, too, so that this plan may leave a part of the budget unused.  An
+addition: the plan of least Σ ∂noise/∂share, of the last steps' mean, which is the noise near there.
+
 Where paper and published code differ, the anneal is the code's, which is exponential.  A plan may
 cost less than the budget.  The float option, whose noise is 0, begins with a share of the largest
 noise of its row, lest it has all of the probability.  One draw for each step, seeded.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -51,7 +54,8 @@ MOMENTS = (0.9, 0.999)
 HOT, COLD = 1.0, 0.01  # temperatures at the first step and at the last
 FLOOR = 1e-3  # of the largest noise of a row: the least that an option begins with
 CELLS = 500  # of the budget, for the plans on the way
-SURE = 1e-12  # the least probability of the last plan's options
+SURE = 1e-12  # the least probability of an option of the last plan
+MEMORY = 0.9  # of the mean of slopes: the last ten steps count
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,29 @@ def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
     return found
 
 
+@dataclass(frozen=True)
+class Descent:
+    """Where the steps ended, and the mean of what was measured on the way."""
+
+    logits: np.ndarray
+    slopes: np.ndarray  # ∂noise/∂share, late steps first
+
+    @property
+    def prices(self) -> np.ndarray:
+        """−ln p: how unlikely an option is."""
+        return -np.log(np.maximum(softmax(self.logits), SURE))
+
+
 def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
-    """The better, as measured, of the last plan and of the solver's own."""
+    """The best, as measured, of the descent's two plans and of the solver's own."""
     begin = time.perf_counter()
     (name,) = problem.budgets
-    first = evaluator.solve(problem).assignment
-    if evaluator.error(first) == 0.0:
-        return candidate_of(problem, evaluator, first, time.perf_counter() - begin)
-    rows, budget = rows_of(problem, name), problem.budgets[name]
-    logits = descended(rows, budget, evaluator)
-    last = rounded(problem, rows, softmax(logits), evaluator)
-    best = min((last, first), key=evaluator.error)
+    plans = [evaluator.solve(problem).assignment]
+    if evaluator.error(plans[0]) > 0.0:
+        rows = rows_of(problem, name)
+        found = descended(rows, problem.budgets[name], evaluator)
+        plans += [cheapest(problem, rows, at, evaluator) for at in (found.slopes, found.prices)]
+    best = min(plans, key=evaluator.error)
     return candidate_of(problem, evaluator, best, time.perf_counter() - begin)
 
 
@@ -140,11 +156,11 @@ def begun(rows: Rows) -> np.ndarray:
     return np.where(rows.offered, logits - mean, -np.inf)
 
 
-def descended(rows: Rows, budget: float, evaluator: Evaluator) -> np.ndarray:
-    """The logits after STEPS steps, or as many as there was time for."""
+def descended(rows: Rows, budget: float, evaluator: Evaluator) -> Descent:
+    """STEPS steps, or as many as there is time for; one whose noise is not finite is none."""
     source = np.random.default_rng(0)
     logits = retract(begun(rows), rows.costs, budget)
-    first, second = np.zeros(logits.shape), np.zeros(logits.shape)
+    slopes, first, second = rows.noise, np.zeros(logits.shape), np.zeros(logits.shape)
     for step in range(STEPS):
         if evaluator.is_past():
             break
@@ -153,14 +169,15 @@ def descended(rows: Rows, budget: float, evaluator: Evaluator) -> np.ndarray:
         noise, given = evaluator.gradient(rows.shares(sampled(rows, drawn, budget)), step)
         if not math.isfinite(noise):
             continue
-        upright = normal(softmax(logits), rows.costs)
-        gradient = through_softmax(softmax(drawn), rows.gathered(given)) / heat
-        gradient = tangent(gradient, upright)
+        slope = rows.gathered(given)
+        slopes = MEMORY * slopes + (1 - MEMORY) * slope
+        gradient = through_softmax(softmax(drawn), slope) / heat
+        gradient = tangent(gradient, normal(softmax(logits), rows.costs))
         first = MOMENTS[0] * first + (1 - MOMENTS[0]) * gradient
         second = MOMENTS[1] * second + (1 - MOMENTS[1]) * gradient**2
         logits = retract(logits - _adam(first, second, step + 1), rows.costs, budget)
         first = tangent(first, normal(softmax(logits), rows.costs))
-    return logits
+    return Descent(logits, slopes)
 
 
 def _adam(first: np.ndarray, second: np.ndarray, steps: int) -> np.ndarray:
@@ -179,22 +196,15 @@ def sampled(rows: Rows, drawn: np.ndarray, budget: float) -> np.ndarray:
     return knapsack(drawn, cells_of(costs, budget - rest, CELLS), CELLS)
 
 
-def rounded(problem: Problem, rows: Rows, shares: np.ndarray, evaluator: Evaluator) -> Plan:
-    """The plan of largest Σ ln p that keeps exactly to the budget, by the user's solver."""
-    price = -np.log(np.maximum(shares, SURE))
-    unlikely = {
-        (unit, option): float(price[g, k]) / len(group.members)
-        for g, group in enumerate(rows.groups)
-        for unit in group.members
-        for k, option in enumerate(group.options)
-    }
-    asked = replace(problem, error=_offered(problem, unlikely), pairs={}, objective=(ERROR,))
+def cheapest(problem: Problem, rows: Rows, prices: np.ndarray, evaluator: Evaluator) -> Plan:
+    """The plan of least Σ price within the budget, by the user's solver."""
+    singles = dict.fromkeys(problem.error, 0.0)  # of options that a tie leaves to nobody, too
+    for g, group in enumerate(rows.groups):
+        for k, option in enumerate(group.options):
+            rest = float(prices[g, k] - prices[g, rows.offered[g]].min())
+            singles |= {(unit, option): rest / len(group.members) for unit in group.members}
+    asked = replace(problem, error=singles, pairs={}, objective=(ERROR,))
     return evaluator.solve(asked).assignment
-
-
-def _offered(problem: Problem, unlikely: Mapping[tuple[str, str], float]) -> Shares:
-    """Options that ties or force rule out need a number, too."""
-    return {key: unlikely.get(key, 0.0) for key in problem.error}
 
 
 def refuse(config: Config) -> Iterator[str]:
