@@ -135,11 +135,12 @@ def _search(
 def _raise_unmet(
     evaluator: Evaluator, budgets: Mapping[str, float], judge: Judge | None
 ) -> NoReturn:
-    most = "an error of at most" if judge is None else "a drop of"
-    named = " and ".join(words(name, value) for name, value in budgets.items())
+    limits = [words(name, value) for name, value in budgets.items()]
+    if evaluator.limit < math.inf:
+        most = "an error of at most" if judge is None else "a drop of"
+        limits.insert(0, f"{most} {evaluator.limit:.3g}")
     raise InfeasibleError(
-        f"no plan that was tried has {most} {evaluator.limit:.3g}"
-        + (f" with {named}" if named else ""),
+        f"no plan that was tried has {' and '.join(limits)}",
         fix="raise the tolerance (or max_drop), or a budget",
     )
 

@@ -27,10 +27,12 @@ def predicted(problem: Problem, limit: float, **options: Any) -> Evaluator:
         derivative = {key: problem.error[key] for key in shares}
         noise = sum(derivative[key] * share for key, share in shares.items())
         for (u, o, v, p), term in problem.pairs.items():
-            one, two = shares[u, o], shares[v, p]
+            one, two = shares.get((u, o), 0.0), shares.get((v, p), 0.0)
             noise += term * one * two
-            derivative[u, o] += term * two
-            derivative[v, p] += term * one
+            if (u, o) in shares:
+                derivative[u, o] += term * two
+            if (v, p) in shares:
+                derivative[v, p] += term * one
         return noise, derivative
 
     def error(plan: Mapping[str, str]) -> float:

@@ -97,6 +97,8 @@ def greedy_ratio(problem: Problem, evaluator: Evaluator) -> Candidate | None:
     while (move := _next(changes, evaluator, state)) is not None:
         state.plan = changes.after(state.plan, move)
         state.losses = {m: lost for m, lost in state.losses.items() if m.group != move.group}
+    if _unmet(problem, state.plan):
+        evaluator.solve(problem)  # raises where no plan meets the budgets, and says why
     return candidate_of(problem, evaluator, state.plan, time.perf_counter() - begin)
 
 

@@ -9,7 +9,7 @@ The logits move on the manifold of plans whose expected cost is the budget:
     At last the plan of largest Σ ln softmax(α) within the budget.
 
 Logits weigh what an option costs, too, so that this plan may leave a part of the budget unused.  An
-addition: the plan of least Σ ∂noise/∂share, of the last steps' mean, which is the noise near there.
+addition: the plan of least Σ ∂noise/∂share, a mean over plans drawn there.
 
 Where paper and published code differ, the anneal is the code's, which is exponential.  A plan may
 cost less than the budget.  The float option, whose noise is 0, begins with a share of the largest
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import default_rng
 
 from mpq_fx.passes.allocate.knapsack import cells_of, knapsack
 from mpq_fx.passes.allocate.manifold import (
@@ -55,7 +56,8 @@ HOT, COLD = 1.0, 0.01  # temperatures at the first step and at the last
 FLOOR = 1e-3  # of the largest noise of a row: the least that an option begins with
 CELLS = 500  # of the budget, for the plans on the way
 SURE = 1e-12  # the least probability of an option of the last plan
-MEMORY = 0.9  # of the mean of slopes: the last ten steps count
+LEAST = 1e-3  # probability of an option whose derivative is asked for
+LOOKS = 8  # plans whose slopes are taken at last
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,18 @@ class Rows:
             for unit in group.members
         }
 
-    def shares(self, hard: np.ndarray) -> Shares:
-        """1 for the option that a unit has in a plan, 0 for all others it offers."""
+    def shares(self, hard: np.ndarray, asked: np.ndarray) -> Shares:
+        """1 for the option that a unit has in a plan, 0 for all others that are asked about."""
         return {
             (unit, option): float(k == pick)
-            for group, pick in zip(self.groups, hard, strict=True)
+            for g, (group, pick) in enumerate(zip(self.groups, hard, strict=True))
             for unit in group.members
             for k, option in enumerate(group.options)
+            if k == pick or asked[g, k]
         }
 
     def gathered(self, values: Shares) -> np.ndarray:
-        """Σ over the units of a group, by row and option; 0 where a row has ended."""
+        """Σ over the units of a group, by row and option; 0 where there is no value."""
         return gathered(self.groups, values)
 
 
@@ -92,21 +95,8 @@ def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
     found = np.zeros((len(groups), max(len(group.options) for group in groups)))
     for g, group in enumerate(groups):
         for k, option in enumerate(group.options):
-            found[g, k] = math.fsum(values[unit, option] for unit in group.members)
+            found[g, k] = math.fsum(values.get((unit, option), 0.0) for unit in group.members)
     return found
-
-
-@dataclass(frozen=True)
-class Descent:
-    """Where the steps ended, and the mean of what was measured on the way."""
-
-    logits: np.ndarray
-    slopes: np.ndarray  # ∂noise/∂share, late steps first
-
-    @property
-    def prices(self) -> np.ndarray:
-        """−ln p: how unlikely an option is."""
-        return -np.log(np.maximum(softmax(self.logits), SURE))
 
 
 def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
@@ -115,9 +105,11 @@ def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
     (name,) = problem.budgets
     plans = [evaluator.solve(problem).assignment]
     if evaluator.error(plans[0]) > 0.0:
-        rows = rows_of(problem, name)
-        found = descended(rows, problem.budgets[name], evaluator)
-        plans += [cheapest(problem, rows, at, evaluator) for at in (found.slopes, found.prices)]
+        rows, budget, source = rows_of(problem, name), problem.budgets[name], default_rng(0)
+        logits = descended(rows, budget, evaluator, source)
+        slopes = slopes_at(rows, logits, budget, evaluator, source)
+        unlikely = -np.log(np.maximum(softmax(logits), SURE))
+        plans += [cheapest(problem, rows, at, evaluator) for at in (slopes, unlikely)]
     best = min(plans, key=evaluator.error)
     return candidate_of(problem, evaluator, best, time.perf_counter() - begin)
 
@@ -156,28 +148,46 @@ def begun(rows: Rows) -> np.ndarray:
     return np.where(rows.offered, logits - mean, -np.inf)
 
 
-def descended(rows: Rows, budget: float, evaluator: Evaluator) -> Descent:
-    """STEPS steps, or as many as there is time for; one whose noise is not finite is none."""
-    source = np.random.default_rng(0)
+def descended(
+    rows: Rows, budget: float, evaluator: Evaluator, source: np.random.Generator
+) -> np.ndarray:
+    """α after STEPS steps, or as many as there is time for; one that is not finite is none."""
     logits = retract(begun(rows), rows.costs, budget)
-    slopes, first, second = rows.noise, np.zeros(logits.shape), np.zeros(logits.shape)
+    first, second = np.zeros(logits.shape), np.zeros(logits.shape)
     for step in range(STEPS):
         if evaluator.is_past():
             break
         heat = HOT * (COLD / HOT) ** (step / (STEPS - 1))
         drawn = (logits + source.gumbel(size=logits.shape)) / heat
-        noise, given = evaluator.gradient(rows.shares(sampled(rows, drawn, budget)), step)
+        soft, hard = softmax(drawn), sampled(rows, drawn, budget)
+        noise, given = evaluator.gradient(rows.shares(hard, soft > LEAST), step)
         if not math.isfinite(noise):
             continue
-        slope = rows.gathered(given)
-        slopes = MEMORY * slopes + (1 - MEMORY) * slope
-        gradient = through_softmax(softmax(drawn), slope) / heat
+        gradient = through_softmax(np.where(soft > LEAST, soft, 0.0), rows.gathered(given)) / heat
         gradient = tangent(gradient, normal(softmax(logits), rows.costs))
         first = MOMENTS[0] * first + (1 - MOMENTS[0]) * gradient
         second = MOMENTS[1] * second + (1 - MOMENTS[1]) * gradient**2
         logits = retract(logits - _adam(first, second, step + 1), rows.costs, budget)
         first = tangent(first, normal(softmax(logits), rows.costs))
-    return Descent(logits, slopes)
+    return logits
+
+
+def slopes_at(
+    rows: Rows,
+    logits: np.ndarray,
+    budget: float,
+    evaluator: Evaluator,
+    source: np.random.Generator,
+) -> np.ndarray:
+    """The mean of ∂noise/∂share at some plans drawn from α; without time the table's noise."""
+    seen = []
+    for call in range(LOOKS):
+        if evaluator.is_past():
+            break
+        hard = sampled(rows, logits + source.gumbel(size=logits.shape), budget)
+        noise, given = evaluator.gradient(rows.shares(hard, rows.offered), call)
+        seen += [rows.gathered(given)] if math.isfinite(noise) else []
+    return np.mean(seen, axis=0) if seen else rows.noise
 
 
 def _adam(first: np.ndarray, second: np.ndarray, steps: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class Evaluator:
     error(plan): as measured, of the worst recorded call; or what the user's metric loses.  A plan
     is asked once, its answer remembered.
     gradient(shares, k): (noise power of the mixture on recorded call k, its derivative by every
-    share); a unit's result is Σ_o shares[u, o] · (its result in option o).
+    share that is named); a unit's result is Σ_o shares[u, o] · (its result in option o).
     """
 
     error: Callable[[Plan], float]

@@ -25,7 +25,7 @@ from mpq_fx.passes.analyze.replay import Env, Replayer, as_real, call, is_measur
 
 @dataclass(frozen=True)
 class Mixture:
-    """How much of each choice a site has; a site that is not in `options` is float."""
+    """How much of each choice a site has; a choice without a share is not computed."""
 
     replay: Replayer
     options: Mapping[str, tuple[Choice, ...]]
@@ -34,13 +34,17 @@ class Mixture:
     def result(self, site: Site, operands: Operands, own: Tensor) -> Tensor:
         """Σ_c share · y(c); `own` is y in the site's own precision, which is computed anyway."""
         total = torch.zeros_like(own)
-        for choice in self.options[site.name]:
+        for choice in self.choices(site.name):
             share = self.shares[site.name, choice.name]
             if share == 1.0:
                 return self.alone(site, choice, operands, own)
             if share != 0.0:
                 total += share * self.alone(site, choice, operands, own)
         return total
+
+    def choices(self, site: str) -> list[Choice]:
+        """Those that have a share, be it 0."""
+        return [choice for choice in self.options[site] if (site, choice.name) in self.shares]
 
     def alone(self, site: Site, choice: Choice, operands: Operands, own: Tensor) -> Tensor:
         if choice == self.options[site.name][0]:
@@ -147,7 +151,7 @@ def _derivatives(
         for name, gradient in gradients.items():
             node, args, kwargs = walked.operands[name]
             own = call(node, args, kwargs)
-            for choice in mixture.options[name]:
+            for choice in mixture.choices(name):
                 y = mixture.alone(sites[name], choice, (node, args, kwargs), own)
                 found[name, choice.name] = float((gradient.double() * y.double()).sum())
     return found

@@ -63,6 +63,18 @@ def test_an_option_that_saves_nothing_is_not_taken(search):
 
 
 @pytest.mark.parametrize("search", GUIDED)
+def test_an_option_that_saves_nothing_does_not_bar_those_behind_it(search):
+    """float16 costs what bfloat16 does; after it nothing used to go lower."""
+    problem = problem_of([(0.0, 1.0), (0.0, 2.0)])
+    error, latency = dict(problem.error), dict(problem.resources["latency"])
+    for unit in problem.options:
+        error[unit, "float16"], latency[unit, "float16"] = 0.0, 2.0
+    four = dict.fromkeys(problem.options, ("float32", "bfloat16", "float16", "int8"))
+    problem = replace(problem, options=four, error=error, resources={"latency": latency})
+    assert guided(problem, search, 1.5).assignment == {"u0": "int8", "u1": "bfloat16"}
+
+
+@pytest.mark.parametrize("search", GUIDED)
 def test_a_planted_pair_keeps_its_units_apart(search):
     pairs = {("u0", "int8", "u1", "int8"): 2.0}
     problem = problem_of([(0.0, 1.0), (0.0, 1.0), (0.0, 1.5)], pairs=pairs)

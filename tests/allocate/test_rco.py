@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,11 +55,20 @@ def run(problem: Problem, evaluator=None):
     return SEARCHES["rco"].run(problem, evaluator or predicted(problem, math.inf))
 
 
+def logits_of(problem: Problem, evaluator) -> np.ndarray:
+    rows, budget = rows_of(problem, "size"), problem.budgets["size"]
+    return module.descended(rows, budget, evaluator, np.random.default_rng(0))
+
+
 def descended(problem: Problem, evaluator, by: str = "slopes") -> dict[str, str]:
     """A plan at the end of the descent, which the solver's own plan does not mend."""
-    rows = rows_of(problem, "size")
-    found = module.descended(rows, problem.budgets["size"], evaluator)
-    return dict(module.cheapest(problem, rows, getattr(found, by), evaluator))
+    rows, budget = rows_of(problem, "size"), problem.budgets["size"]
+    logits = logits_of(problem, evaluator)
+    prices = -np.log(np.maximum(softmax(logits), module.SURE))
+    if by == "slopes":
+        source = np.random.default_rng(0)
+        prices = module.slopes_at(rows, logits, budget, evaluator, source)
+    return dict(module.cheapest(problem, rows, prices, evaluator))
 
 
 def noise(problem: Problem, plan) -> float:
@@ -74,7 +84,7 @@ def test_where_noise_adds_up_the_optimum_is_found(seed):
     found = descended(problem, truth)
     assert is_feasible(problem, found)
     assert noise(problem, found) <= 1.01 * best
-    likeliest = descended(problem, truth, by="prices")
+    likeliest = descended(problem, truth, by="logits")
     assert is_feasible(problem, likeliest)
     assert noise(problem, likeliest) <= 1.6 * best
 
@@ -83,10 +93,10 @@ def test_where_noise_adds_up_the_optimum_is_found(seed):
 def test_the_descent_lowers_the_expected_noise_nearly_to_the_optimum(seed):
     problem = drawn(seed)
     rows, budget = rows_of(problem, "size"), problem.budgets["size"]
-    found = module.descended(rows, budget, predicted(problem, math.inf))
+    last = logits_of(problem, predicted(problem, math.inf))
     start, end = (
         float((softmax(logits) * rows.noise).sum())
-        for logits in (retract(begun(rows), rows.costs, budget), found.logits)
+        for logits in (retract(begun(rows), rows.costs, budget), last)
     )
     best = cp_sat.solve(problem).values["error"]
     assert end <= 1.4 * best
@@ -118,18 +128,12 @@ def planted(joint: float, third: float = 1.5) -> tuple[Problem, dict[frozenset[s
 def true_evaluator(problem: Problem, truth):
     """Measured noise with the interaction, and the derivative of its quadratic form."""
     joint = truth[frozenset({"u0", "u1"})] - 2.0
+    with_pair = replace(problem, pairs={("u0", "low", "u1", "low"): joint})
 
-    def low(plan) -> frozenset[str]:
-        return frozenset(u for u, o in plan.items() if o == "low")
+    def error(plan) -> float:
+        return truth[frozenset(u for u, o in plan.items() if o == "low")] ** 0.5
 
-    def gradient(shares, call):
-        derivative = {key: problem.error[key] for key in shares}
-        derivative["u0", "low"] += joint * shares["u1", "low"]
-        derivative["u1", "low"] += joint * shares["u0", "low"]
-        value = sum(problem.error[key] * share for key, share in shares.items())
-        return value + joint * shares["u0", "low"] * shares["u1", "low"], derivative
-
-    return evaluator_of(lambda plan: truth[low(plan)] ** 0.5, math.inf, gradient=gradient)
+    return evaluator_of(error, math.inf, gradient=predicted(with_pair, math.inf).gradient)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_an_interaction_that_the_tables_do_not_know_is_found(joint, third, least
     """An amplifying pair is kept apart; a cancelling one is taken, if its units alone are worse."""
     problem, truth = planted(joint, third)
     evaluator = true_evaluator(problem, truth)
-    found = descended(problem, evaluator, by="prices")
+    found = descended(problem, evaluator, by="logits")
     assert evaluator.error(found) ** 2 == pytest.approx(least)
     singles = cp_sat.solve(problem).assignment
     assert evaluator.error(found) <= evaluator.error(singles)
@@ -181,8 +185,8 @@ def test_the_expected_cost_stays_on_the_budget_and_plans_on_the_way_within_it():
         seen.append(sum(problem.resources["size"][key] * share for key, share in shares.items()))
         return 1.0, {key: problem.error[key] for key in shares}
 
-    found = module.descended(rows, budget, evaluator_of(lambda _: 0.0, 1.0, gradient=gradient))
-    assert rows.costs.total(softmax(found.logits)) == pytest.approx(budget, rel=1e-4)
+    logits = logits_of(problem, evaluator_of(lambda _: 0.0, 1.0, gradient=gradient))
+    assert rows.costs.total(softmax(logits)) == pytest.approx(budget, rel=1e-4)
     assert len(seen) == module.STEPS
     assert max(seen) <= budget * (1 + 1e-9)
     assert max(seen) > 0.95 * budget, "what the budget allows is used"
@@ -197,9 +201,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
         return math.inf, dict.fromkeys(shares, 0.0)
 
     for options in ({"gradient": nowhere}, {"is_past": lambda: True}):
-        found = module.descended(rows, budget, evaluator_of(lambda _: 0.0, 1.0, **options))
-        assert np.array_equal(found.logits, start)
-        assert np.array_equal(found.slopes, rows.noise)
+        evaluator, source = evaluator_of(lambda _: 0.0, 1.0, **options), np.random.default_rng(0)
+        assert np.array_equal(logits_of(problem, evaluator), start)
+        slopes = module.slopes_at(rows, start, budget, evaluator, source)
+        assert np.array_equal(slopes, rows.noise)
 
 
 def test_the_float_option_does_not_begin_with_all_of_the_probability():

@@ -146,18 +146,30 @@ def test_records_and_weights_of_inference_mode_are_taken(net):
     assert found == run(net, shares)
 
 
-def test_a_share_of_nothing_is_not_computed(net, monkeypatch):
-    asked: Counter[str] = Counter()
+@pytest.fixture
+def asked(monkeypatch) -> Counter[str]:
+    """How often a choice was computed."""
+    found: Counter[str] = Counter()
     plain = Replayer.compute
 
     def compute(self, site, choice, *operands):
-        asked[choice.name] += 1
+        found[choice.name] += 1
         return plain(self, site, choice, *operands)
 
     monkeypatch.setattr(Replayer, "compute", compute)
-    shares = plan_of(net, DYNAMIC, FLOAT)
-    mixture = mixture_of(net, shares)
-    reference = net.replay().run(net.calls[0], {})
-    asked.clear()
-    mixed(mixture, net.calls[0], reference, frozenset())
-    assert asked == {DYNAMIC.name: 3, BF16.name: 2, WEIGHT_ONLY.name: 2}, "once forward, once each"
+    return found
+
+
+def test_each_choice_is_computed_once_and_those_of_the_plan_once_more(net, asked):
+    run(net, plan_of(net, DYNAMIC, FLOAT))
+    assert asked == {DYNAMIC.name: 3, BF16.name: 2, WEIGHT_ONLY.name: 2}
+
+
+def test_a_choice_without_a_share_is_not_computed(net, asked):
+    shares = {key: share for key, share in plan_of(net, DYNAMIC, FLOAT).items() if share}
+    noise, found = run(net, shares)
+    assert found.keys() == shares.keys()
+    assert asked == {DYNAMIC.name: 2}
+    whole = run(net, plan_of(net, DYNAMIC, FLOAT))
+    assert noise == whole[0]
+    assert found == {key: whole[1][key] for key in shares}
