@@ -8,8 +8,8 @@ The logits move on the manifold of plans whose expected cost is the budget:
     Adam's first moment is projected on the plane of the new point.
     At last the plan of largest Σ ln softmax(α) within the budget.
 
-Logits weigh what an option costs, too, so that this plan may leave a part of the budget unused.  An
-addition: the plan of least Σ ∂noise/∂share, a mean over plans drawn there.
+The derivative at a plan knows the error of an option only along with the errors that the plan has:
+that of an option by itself is seen when the option is drawn.
 
 Where paper and published code differ, the anneal is the code's, which is exponential.  A plan may
 cost less than the budget.  The float option, whose noise is 0, begins with a share of the largest
@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.random import default_rng
 
 from mpq_fx.passes.allocate.knapsack import cells_of, knapsack
 from mpq_fx.passes.allocate.manifold import (
@@ -57,7 +56,6 @@ FLOOR = 1e-3  # of the largest noise of a row: the least that an option begins w
 CELLS = 500  # of the budget, for the plans on the way
 SURE = 1e-12  # the least probability of an option of the last plan
 LEAST = 1e-3  # probability of an option whose derivative is asked for
-LOOKS = 8  # plans whose slopes are taken at last
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,14 @@ def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
 
 
 def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
-    """The best, as measured, of the descent's two plans and of the solver's own."""
+    """The better, as measured, of the descent's last plan and of the solver's own."""
     begin = time.perf_counter()
     (name,) = problem.budgets
     plans = [evaluator.solve(problem).assignment]
     if evaluator.error(plans[0]) > 0.0:
-        rows, budget, source = rows_of(problem, name), problem.budgets[name], default_rng(0)
-        logits = descended(rows, budget, evaluator, source)
-        slopes = slopes_at(rows, logits, budget, evaluator, source)
-        unlikely = -np.log(np.maximum(softmax(logits), SURE))
-        plans += [cheapest(problem, rows, at, evaluator) for at in (slopes, unlikely)]
+        rows = rows_of(problem, name)
+        logits = descended(rows, problem.budgets[name], evaluator)
+        plans.append(likeliest(problem, rows, logits, evaluator))
     best = min(plans, key=evaluator.error)
     return candidate_of(problem, evaluator, best, time.perf_counter() - begin)
 
@@ -148,10 +144,9 @@ def begun(rows: Rows) -> np.ndarray:
     return np.where(rows.offered, logits - mean, -np.inf)
 
 
-def descended(
-    rows: Rows, budget: float, evaluator: Evaluator, source: np.random.Generator
-) -> np.ndarray:
+def descended(rows: Rows, budget: float, evaluator: Evaluator) -> np.ndarray:
     """α after STEPS steps, or as many as there is time for; one that is not finite is none."""
+    source = np.random.default_rng(0)
     logits = retract(begun(rows), rows.costs, budget)
     first, second = np.zeros(logits.shape), np.zeros(logits.shape)
     for step in range(STEPS):
@@ -159,11 +154,11 @@ def descended(
             break
         heat = HOT * (COLD / HOT) ** (step / (STEPS - 1))
         drawn = (logits + source.gumbel(size=logits.shape)) / heat
-        soft, hard = softmax(drawn), sampled(rows, drawn, budget)
-        noise, given = evaluator.gradient(rows.shares(hard, soft > LEAST), step)
+        soft, hard = likely(softmax(drawn)), sampled(rows, drawn, budget)
+        noise, given = evaluator.gradient(rows.shares(hard, soft > 0.0), step)
         if not math.isfinite(noise):
             continue
-        gradient = through_softmax(np.where(soft > LEAST, soft, 0.0), rows.gathered(given)) / heat
+        gradient = through_softmax(soft, gathered(rows.groups, given)) / heat
         gradient = tangent(gradient, normal(softmax(logits), rows.costs))
         first = MOMENTS[0] * first + (1 - MOMENTS[0]) * gradient
         second = MOMENTS[1] * second + (1 - MOMENTS[1]) * gradient**2
@@ -172,22 +167,12 @@ def descended(
     return logits
 
 
-def slopes_at(
-    rows: Rows,
-    logits: np.ndarray,
-    budget: float,
-    evaluator: Evaluator,
-    source: np.random.Generator,
-) -> np.ndarray:
-    """The mean of ∂noise/∂share at some plans drawn from α; without time the table's noise."""
-    seen = []
-    for call in range(LOOKS):
-        if evaluator.is_past():
-            break
-        hard = sampled(rows, logits + source.gumbel(size=logits.shape), budget)
-        noise, given = evaluator.gradient(rows.shares(hard, rows.offered), call)
-        seen += [rows.gathered(given)] if math.isfinite(noise) else []
-    return np.mean(seen, axis=0) if seen else rows.noise
+def likely(shares: np.ndarray) -> np.ndarray:
+    """Rows without the options of least probability, of sum 1 again: what the derivatives of a row
+    have in common must go on to cancel.
+    """
+    kept = np.where(shares > LEAST, shares, 0.0)
+    return kept / kept.sum(axis=1, keepdims=True)
 
 
 def _adam(first: np.ndarray, second: np.ndarray, steps: int) -> np.ndarray:
@@ -206,13 +191,14 @@ def sampled(rows: Rows, drawn: np.ndarray, budget: float) -> np.ndarray:
     return knapsack(drawn, cells_of(costs, budget - rest, CELLS), CELLS)
 
 
-def cheapest(problem: Problem, rows: Rows, prices: np.ndarray, evaluator: Evaluator) -> Plan:
-    """The plan of least Σ price within the budget, by the user's solver."""
+def likeliest(problem: Problem, rows: Rows, logits: np.ndarray, evaluator: Evaluator) -> Plan:
+    """The plan of largest Σ ln p within the budget, by the user's solver."""
+    price = -np.log(np.maximum(softmax(logits), SURE))
     singles = dict.fromkeys(problem.error, 0.0)  # of options that a tie leaves to nobody, too
     for g, group in enumerate(rows.groups):
         for k, option in enumerate(group.options):
-            rest = float(prices[g, k] - prices[g, rows.offered[g]].min())
-            singles |= {(unit, option): rest / len(group.members) for unit in group.members}
+            share = float(price[g, k]) / len(group.members)
+            singles |= {(unit, option): share for unit in group.members}
     asked = replace(problem, error=singles, pairs={}, objective=(ERROR,))
     return evaluator.solve(asked).assignment
 

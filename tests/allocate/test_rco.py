@@ -56,37 +56,28 @@ def run(problem: Problem, evaluator=None):
 
 
 def logits_of(problem: Problem, evaluator) -> np.ndarray:
-    rows, budget = rows_of(problem, "size"), problem.budgets["size"]
-    return module.descended(rows, budget, evaluator, np.random.default_rng(0))
+    return module.descended(rows_of(problem, "size"), problem.budgets["size"], evaluator)
 
 
-def descended(problem: Problem, evaluator, by: str = "slopes") -> dict[str, str]:
-    """A plan at the end of the descent, which the solver's own plan does not mend."""
-    rows, budget = rows_of(problem, "size"), problem.budgets["size"]
-    logits = logits_of(problem, evaluator)
-    prices = -np.log(np.maximum(softmax(logits), module.SURE))
-    if by == "slopes":
-        source = np.random.default_rng(0)
-        prices = module.slopes_at(rows, logits, budget, evaluator, source)
-    return dict(module.cheapest(problem, rows, prices, evaluator))
+def descended(problem: Problem, evaluator) -> dict[str, str]:
+    """The plan at the end of the descent, which the solver's own plan does not mend."""
+    rows, logits = rows_of(problem, "size"), logits_of(problem, evaluator)
+    return dict(module.likeliest(problem, rows, logits, evaluator))
 
 
 def noise(problem: Problem, plan) -> float:
     return value_of(problem, "error", plan)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_where_noise_adds_up_the_optimum_is_found(seed):
-    """By slopes within a percent; the likeliest plan leaves some of the budget unused."""
+@pytest.mark.parametrize("seed", range(10))
+def test_where_noise_adds_up_the_last_plan_is_near_the_optimum(seed):
+    """Its logits weigh what an option costs, too, so that some of the budget may stay unused."""
     problem = drawn(seed)
-    truth = predicted(problem, math.inf)
-    best = cp_sat.solve(problem).values["error"]
-    found = descended(problem, truth)
+    found = descended(problem, predicted(problem, math.inf))
     assert is_feasible(problem, found)
-    assert noise(problem, found) <= 1.01 * best
-    likeliest = descended(problem, truth, by="logits")
-    assert is_feasible(problem, likeliest)
-    assert noise(problem, likeliest) <= 1.6 * best
+    best = cp_sat.solve(problem).values["error"]
+    assert noise(problem, found) <= 1.6 * best
+    assert run(problem).solution.values["error"] == pytest.approx(best), "the solver knows it all"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -143,7 +134,7 @@ def test_an_interaction_that_the_tables_do_not_know_is_found(joint, third, least
     """An amplifying pair is kept apart; a cancelling one is taken, if its units alone are worse."""
     problem, truth = planted(joint, third)
     evaluator = true_evaluator(problem, truth)
-    found = descended(problem, evaluator, by="logits")
+    found = descended(problem, evaluator)
     assert evaluator.error(found) ** 2 == pytest.approx(least)
     singles = cp_sat.solve(problem).assignment
     assert evaluator.error(found) <= evaluator.error(singles)
@@ -160,6 +151,19 @@ def test_it_is_no_worse_than_where_it_begins():
     )
     assert noise(problem, descended(problem, astray)) > 1.1 * cp_sat.solve(problem).values["error"]
     assert run(problem, astray).solution.values["error"] == cp_sat.solve(problem).values["error"]
+
+
+def test_what_all_derivatives_of_a_unit_have_in_common_changes_nothing():
+    """⟨g, y⟩ of an option is that of the whole result, beside which options differ by little."""
+    problem = drawn(3)
+    plain = predicted(problem, math.inf)
+
+    def shifted(shares, call):
+        noise, given = plain.gradient(shares, call)
+        return noise, {(u, o): g + 1000.0 * (1 + int(u[1:])) for (u, o), g in given.items()}
+
+    one = logits_of(problem, plain)
+    assert logits_of(problem, replace(plain, gradient=shifted)) == pytest.approx(one, abs=1e-6)
 
 
 def test_the_same_plan_every_time():
@@ -201,10 +205,8 @@ def test_a_step_that_is_not_finite_changes_nothing():
         return math.inf, dict.fromkeys(shares, 0.0)
 
     for options in ({"gradient": nowhere}, {"is_past": lambda: True}):
-        evaluator, source = evaluator_of(lambda _: 0.0, 1.0, **options), np.random.default_rng(0)
+        evaluator = evaluator_of(lambda _: 0.0, 1.0, **options)
         assert np.array_equal(logits_of(problem, evaluator), start)
-        slopes = module.slopes_at(rows, start, budget, evaluator, source)
-        assert np.array_equal(slopes, rows.noise)
 
 
 def test_the_float_option_does_not_begin_with_all_of_the_probability():
