@@ -162,13 +162,15 @@ def _evaluator(
         at = call % len(parts)
         return mixed(mixture, parts[at], measured.references[at], measured.excluded)
 
-    def is_past() -> bool:
-        if clock.is_past(SEARCH_SHARE) and CUT not in cut:
+    cut: list[str] = []
+
+    def is_past(share: float = 1.0) -> bool:
+        is_late = clock.is_past(SEARCH_SHARE * share)
+        if is_late and share == 1.0 and not cut:
             cut.append(CUT)
             clock.cut(CUT)
-        return bool(cut)
+        return is_late
 
-    cut: list[str] = []
     limit = measured.tolerance if judge is None else judge.limit
     start = measured.tolerance if judge is None else measured.yardstick
     return Evaluator(
@@ -196,6 +198,8 @@ def _solved(
         solve = SOLVERS.named(config.solver)
         return solve(asked, time_limit=time_limit, hint=hint or unchanged(asked))
     except InfeasibleError as error:
+        if asked.excluded:  # what is left of the plans is none: no fault of the budgets
+            raise
         scale = asked.budgets.get(ERROR, 0.0) / start**2 if start else 1.0
         baseline = float_baseline(measured)
         units = partial(in_user_units, measured.tables, baseline, scale or 1.0)

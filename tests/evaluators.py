@@ -16,7 +16,7 @@ def flat(shares: Mapping[Any, float], call: int) -> tuple[float, Mapping[Any, fl
 
 def evaluator_of(error: Callable[[Any], float], limit: float, **options: Any) -> Evaluator:
     given = {"yardstick": limit, "exponent": 2, "gradient": flat, "solve": cp_sat.solve}
-    given |= {"is_past": lambda: False, **options}
+    given |= {"is_past": lambda share=1.0: False, **options}
     return Evaluator(error=remembered(error), limit=limit, **given)
 
 

@@ -38,41 +38,45 @@ class Move(NamedTuple):
     option: str
 
 
+Terms = Mapping[tuple[str, str], Mapping[tuple[str, str], float]]
+
+
 @dataclass(frozen=True)
 class Changes:
     """What a move adds to a quantity, looked up where it makes a difference."""
 
     problem: Problem
     members: Mapping[str, tuple[str, ...]]
-    touching: Mapping[str, Mapping[str, list[tuple[str, str, str, str]]]]  # quantity, unit -> pairs
+    terms: Mapping[str, Terms]  # quantity, unit and option -> other unit and its option -> term
 
     def after(self, plan: Plan, move: Move) -> dict[str, str]:
         return {**plan, **dict.fromkeys(self.members[move.group], move.option)}
 
     def of(self, name: str, plan: Plan, move: Move) -> float:
         """value(plan after the move) − value(plan)"""
-        table, terms = table_of(self.problem, name), coupling_of(self.problem, name)
         units = self.members[move.group]
-        near = {key for unit in units for key in self.touching[name].get(unit, ())}
-        after = self.after(plan, move)
-        alone = (table[unit, after[unit]] - table[unit, plan[unit]] for unit in units)
-        both = (terms[key] * (_has(after, key) - _has(plan, key)) for key in sorted(near))
-        return math.fsum((*alone, *both))
+        return self._at(name, self.after(plan, move), units) - self._at(name, plan, units)
 
-
-def _has(plan: Plan, key: tuple[str, str, str, str]) -> bool:
-    u, o, v, p = key
-    return plan[u] == o and plan[v] == p
+    def _at(self, name: str, plan: Plan, units: tuple[str, ...]) -> float:
+        """The part of a quantity in which some units have a say."""
+        table, terms = table_of(self.problem, name), self.terms[name]
+        total = math.fsum(table[unit, plan[unit]] for unit in units)
+        for k, unit in enumerate(units):
+            near = terms.get((unit, plan[unit]))
+            if near:
+                total += sum(near.get(at, 0.0) for at in plan.items() if at[0] not in units[:k])
+        return total
 
 
 def changes_of(problem: Problem, members: Mapping[str, tuple[str, ...]]) -> Changes:
-    touching: dict[str, dict[str, list[tuple[str, str, str, str]]]] = {}
+    found: dict[str, dict[tuple[str, str], dict[tuple[str, str], float]]] = {}
     for name in (ERROR, *problem.resources):
-        by_unit = touching.setdefault(name, {})
-        for key in coupling_of(problem, name):
-            by_unit.setdefault(key[0], []).append(key)
-            by_unit.setdefault(key[2], []).append(key)
-    return Changes(problem, members, touching)
+        terms = found.setdefault(name, {})
+        for (u, o, v, p), term in coupling_of(problem, name).items():
+            for one, other in (((u, o), (v, p)), ((v, p), (u, o))):
+                near = terms.setdefault(one, {})
+                near[other] = near.get(other, 0.0) + term
+    return Changes(problem, members, found)
 
 
 @dataclass
@@ -106,10 +110,17 @@ def _next(changes: Changes, evaluator: Evaluator, state: _State) -> Move | None:
     """The move whose measured ratio is the largest; what is not allowed is finished."""
     unmet = _unmet(changes.problem, state.plan)
     saved = dict(_savings(changes, state, unmet))
+    unit = evaluator.yardstick**2 or 1.0
+    predicted = {move: changes.of(ERROR, state.plan, move) / unit for move in saved}
+
+    def ratio(move: Move) -> tuple[float, float]:
+        """As measured, if it was; among equals as the tables predict."""
+        lost = state.losses.get(move, predicted[move])
+        return _over(saved[move], lost), _over(saved[move], predicted[move])
+
     asked: set[Move] = set()
     while saved:
-        ratios = {move: _ratio(changes, evaluator, state, move, saved[move]) for move in saved}
-        move = max(ratios, key=ratios.__getitem__)
+        move = max(saved, key=ratio)
         if move in asked or (unmet and evaluator.is_past()):
             return move
         if evaluator.is_past():
@@ -152,15 +163,8 @@ def _savings(
             yield move, saved
 
 
-def _ratio(
-    changes: Changes, evaluator: Evaluator, state: _State, move: Move, saved: float
-) -> tuple[float, float]:
-    """saved / loss, measured if it was; among equals as the tables predict."""
-    predicted = changes.of(ERROR, state.plan, move) / (evaluator.yardstick**2 or 1.0)
-    return _over(saved, state.losses.get(move, predicted)), _over(saved, predicted)
-
-
 def _over(saved: float, lost: float) -> float:
+    """The ratio; inf where nothing is lost."""
     return saved / lost if lost > 0.0 else math.inf
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from mpq_fx.passes.allocate import lagrangian
-from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution, is_feasible, values_of
+from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution, is_feasible, values_of, within
 
 if TYPE_CHECKING:
     from mpq_fx.config import Config
@@ -27,6 +27,12 @@ class Solver(Protocol):
     def __call__(
         self, problem: Problem, *, time_limit: float = 10.0, hint: Mapping[str, str] | None = None
     ) -> Solution: ...
+
+
+class IsPast(Protocol):
+    """Is this share of the time for searching over?"""
+
+    def __call__(self, share: float = 1.0) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Evaluator:
     exponent: int  # of an error: what adds up over units is its square, of a drop the drop itself
     gradient: Callable[[Shares, int], tuple[float, Shares]]
     solve: Solver  # the one that the user named
-    is_past: Callable[[], bool]  # is the time for searching over?
+    is_past: IsPast
 
     def allows(self, plan: Plan) -> bool:
         """Its error is within the limit, and there was time to ask."""
@@ -118,4 +124,4 @@ def candidate_of(
 def is_allowed(problem: Problem, evaluator: Evaluator, candidate: Candidate) -> bool:
     """What `Search.run` promises of its plan, looked up rather than believed."""
     plan = candidate.solution.assignment
-    return is_feasible(problem, plan) and evaluator.error(plan) <= evaluator.limit
+    return is_feasible(problem, plan) and within(evaluator.error(plan), evaluator.limit)

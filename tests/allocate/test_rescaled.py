@@ -41,7 +41,13 @@ class World:
 
     def bisect(self, tolerance: float, **options):
         measure = remembered(self.measure)
-        return bisect(self.solve, measure, tolerance, start=tolerance, **options)
+        return bisect(
+            self.solve,
+            lambda solution: measure(solution.assignment),
+            tolerance,
+            start=tolerance,
+            **options,
+        )
 
 
 @given(st.floats(0.2, 5.0), st.floats(0.02, 0.5))
@@ -98,7 +104,7 @@ def test_out_of_time_without_a_plan_that_fits_it_looks_on():
 
 def test_a_drop_of_nothing_is_met_by_what_drops_nothing():
     world = World(lambda error: 0.0 if error < 0.2 else 1.0)
-    found = bisect(world.solve, world.measure, 0.0, start=0.5)
+    found = bisect(world.solve, lambda s: world.measure(s.assignment), 0.0, start=0.5)
     assert found.error == 0.0
     assert 20 <= int(found.solution.assignment["a"]) < 40
 
