@@ -17,6 +17,7 @@ from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SEARCHES, SOLVERS, Candidate, Evaluator, Problem, Solution
 from mpq_fx.passes.allocate.problem import ERROR
+from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS as REFINE_ROUNDS  # benchmarks count them
 from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
 from mpq_fx.passes.analyze.mixture import Mixture, mixed
 from mpq_fx.passes.analyze.replay import Replayer, worst_error

@@ -96,6 +96,39 @@ def test_what_was_refused_is_not_asked_again_and_no_plan_twice():
     assert len(worst) <= 1, "99 is more than is allowed beside anything"
 
 
+def test_what_was_refused_early_is_not_tried_beside_other_plans():
+    """The tables call the first unit harmless, so that it is asked about first."""
+    problem = problem_of([(0.001, 0.001), (0.2, 0.3), (0.3, 0.4)])
+    asked: list[str] = []
+
+    def error(plan) -> float:
+        asked.append(plan["u0"])
+        return 9.0 if plan["u0"] != "float32" else value_of(problem, "error", plan) ** 0.5
+
+    assert greedy_ratio(problem, evaluator_of(error, 1.0)) == ["float32", "int8", "int8"]
+    assert sorted(option for option in asked if option != "float32") == ["bfloat16", "int8"]
+
+
+def test_a_budget_that_is_met_stays_met():
+    problem = problem_of([(0.1, 0.2)], size=4.0)
+    size = {("u0", "float32"): 4.0, ("u0", "bfloat16"): 5.0, ("u0", "int8"): 6.0}
+    problem = Problem(**{**vars(problem), "resources": {**problem.resources, "size": size}})
+    assert greedy_ratio(problem, predicted(problem, 1.0)) == ["float32"]
+
+
+def test_what_an_option_loses_is_asked_anew_once_its_unit_has_moved():
+    """int8 loses 0.7 from float and 0.3 from bfloat16, where it beats what the other unit has."""
+    problem = problem_of([(0.4, 0.3), (0.8, 99.0)])
+    true = {("u0", "bfloat16"): 0.4, ("u0", "int8"): 0.7, ("u1", "bfloat16"): 0.8}
+    evaluator = evaluator_of(
+        lambda plan: (
+            sum(true.get(item, 99.0) for item in plan.items() if item[1] != "float32") ** 0.5
+        ),
+        1.25**0.5,
+    )
+    assert greedy_ratio(problem, evaluator) == ["int8", "float32"]
+
+
 def test_few_plans_are_asked_where_the_tables_tell_the_truth():
     rows = [(0.01 * (k + 1), 0.05 * (k + 1)) for k in range(12)]
     problem = problem_of(rows)

@@ -153,6 +153,35 @@ def test_it_is_no_worse_than_where_it_begins():
     assert run(problem, astray).solution.values["error"] == cp_sat.solve(problem).values["error"]
 
 
+def test_the_steps_are_those_of_the_card(monkeypatch):
+    """Written out once more: anneal, projection, Adam, retraction, transport of its moment."""
+    monkeypatch.setattr(module, "STEPS", 4)
+    problem = drawn(3)
+    rows, budget = rows_of(problem, "size"), problem.budgets["size"]
+    source = np.random.default_rng(0)
+    alpha = retract(begun(rows), rows.costs, budget)
+    mean = square = np.zeros_like(alpha)
+
+    def upright() -> np.ndarray:
+        share = softmax(alpha)
+        return share * (rows.costs.single - (share * rows.costs.single).sum(1, keepdims=True))
+
+    def projected(x: np.ndarray) -> np.ndarray:
+        return x - (x * upright()).sum() / (upright() ** 2).sum() * upright()
+
+    for step in range(1, 5):
+        tau = 0.01 ** ((step - 1) / 3)
+        soft = softmax((alpha + source.gumbel(size=alpha.shape)) / tau)
+        soft = np.where(soft > 1e-3, soft, 0.0)
+        soft /= soft.sum(1, keepdims=True)
+        slope = projected(soft * (rows.noise - (soft * rows.noise).sum(1, keepdims=True)) / tau)
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        size = np.sqrt(square / (1 - 0.999**step))
+        alpha = retract(alpha - 0.1 * mean / (1 - 0.9**step) / size, rows.costs, budget)
+        mean = projected(mean)
+    assert logits_of(problem, predicted(problem, math.inf)) == pytest.approx(alpha, abs=1e-9)
+
+
 def test_what_all_derivatives_of_a_unit_have_in_common_changes_nothing():
     """⟨g, y⟩ of an option is that of the whole result, beside which options differ by little."""
     problem = drawn(3)
@@ -178,6 +207,18 @@ def test_conversions_between_neighbors_count_in_the_budget(seed):
     found = descended(problem, predicted(problem, math.inf))
     assert is_feasible(problem, found)
     assert noise(problem, found) <= 1.3 * cp_sat.solve(problem).values["error"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_conversions_of_a_plan_that_is_nearly_sure_are_priced_exactly(seed):
+    """At one plan the marginal costs count every pair twice, and the rest takes it back."""
+    problem = drawn(seed, edges=True)
+    rows = rows_of(problem, "size")
+    picks = np.random.default_rng(seed).integers(0, len(BITS), len(rows.groups))
+    score = 1e3 * np.eye(len(BITS))[picks]
+    spent = value_of(problem, "size", rows.plan(picks))
+    assert sampled(rows, score, 1.03 * spent).tolist() == picks.tolist()
+    assert sampled(rows, score, 0.99 * spent).tolist() != picks.tolist()
 
 
 def test_the_expected_cost_stays_on_the_budget_and_plans_on_the_way_within_it():

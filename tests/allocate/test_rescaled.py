@@ -129,3 +129,26 @@ def test_the_limit_decides_and_without_one_the_objective_alone():
 
 def test_a_limit_that_no_predicted_error_stands_for_is_met_by_the_exact_plan():
     assert choice(0.3, yardstick=0.0).solution.assignment == {"a": "float32"}
+
+
+def test_around_the_solvers_plan_others_are_measured_unless_a_metric_is_asked():
+    """Only asking tells that the second best of the table is none better."""
+    asked: list[str] = []
+
+    def error(plan) -> float:
+        asked.append(plan["a"])
+        return {"float32": 0.0, "bfloat16": 0.02, "int8": 0.03}[plan["a"]]
+
+    problem = Problem(
+        options={"a": ("float32", "bfloat16", "int8")},
+        error={("a", "float32"): 0.0, ("a", "bfloat16"): 0.001, ("a", "int8"): 0.002},
+        resources={"size": {("a", "float32"): 4.0, ("a", "bfloat16"): 2.0, ("a", "int8"): 2.0}},
+        objective=("error", "size"),
+        budgets={"size": 2.0},
+    )
+    for exponent, measured in ((2, ["bfloat16", "int8"]), (1, ["bfloat16"])):
+        asked.clear()
+        evaluator = evaluator_of(error, 0.05, exponent=exponent)
+        found = SEARCHES["solver"].run(problem, evaluator)
+        assert found.solution.assignment == {"a": "bfloat16"}
+        assert asked == measured
