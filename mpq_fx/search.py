@@ -189,7 +189,7 @@ def _solved(
     measured: Measured,
     config: Config,
     start: float,
-    asked: Problem,
+    problem: Problem,
     *,
     time_limit: float = SOLVE_SECONDS,
     hint: Mapping[str, str] | None = None,
@@ -197,11 +197,11 @@ def _solved(
     """One solve by the user's solver; budgets out of reach are named in the user's units."""
     try:
         solve = SOLVERS.named(config.solver)
-        return solve(asked, time_limit=time_limit, hint=hint or unchanged(asked))
+        return solve(problem, time_limit=time_limit, hint=hint or unchanged(problem))
     except InfeasibleError as error:
-        if asked.excluded:  # what is left of the plans is none: no fault of the budgets
+        if problem.excluded:  # what is left of the plans is none: no fault of the budgets
             raise
-        scale = asked.budgets.get(ERROR, 0.0) / start**2 if start else 1.0
+        scale = problem.budgets.get(ERROR, 0.0) / start**2 if start else 1.0
         baseline = float_baseline(measured)
         units = partial(in_user_units, measured.tables, baseline, scale or 1.0)
-        raise unreachable(asked, units) from error
+        raise unreachable(problem, units) from error
