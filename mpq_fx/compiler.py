@@ -20,14 +20,14 @@ from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
-from mpq_fx.errors import PlanError
+from mpq_fx.errors import ConfigError, PlanError
 from mpq_fx.facts import INDUCTOR, Plan, Site
 from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders, run_passes, value
 from mpq_fx.install import FLOAT_WINS, donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
 from mpq_fx.passes import METRICS, canonicalization, target_named
-from mpq_fx.passes.allocate import SOLVERS
+from mpq_fx.passes.allocate import SEARCHES, SOLVERS
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
@@ -153,6 +153,8 @@ def check_names(config: Config) -> None:
     target_named(config.target)
     METRICS.named(config.sensitivity)
     SOLVERS.named(config.solver)
+    if reasons := "; ".join(SEARCHES.named(config.search).refuse(config)):
+        raise ConfigError(f"search={config.search!r} {reasons}", fix='search="solver" does it all')
 
 
 def loaded(config: Config) -> Config:

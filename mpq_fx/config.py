@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("latency", "size", "error")
 ON_ERROR = ("raise", "float")
-SEARCH = ("solver", "bisection", "greedy")
 RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops")
 
 
@@ -35,7 +34,7 @@ class Config:
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     solver: str = "cp_sat"  # of the allocation problem
-    search: str = "solver"  # or "bisection", "greedy": what asks for measured errors
+    search: str = "solver"  # how plans are looked for, asking for measured errors
     calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"
     time_budget: float = 60.0  # seconds of measuring, solving, compiling
@@ -47,7 +46,6 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("on_error", self.on_error, ON_ERROR)
-        _one_of("search", self.search, SEARCH)
         _check_tolerance(self.tolerance)
         for name in RELATIVE_BUDGETS:
             _check_budget(name, getattr(self, name))
@@ -56,6 +54,11 @@ class Config:
         _check_conflicts(self)
         object.__setattr__(self, "formats", _as_rules("formats", self.formats))
         _check_names(self)
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The names of the budgets that are set, the tolerance apart."""
+        return tuple(name for name in RELATIVE_BUDGETS if getattr(self, name) is not None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -139,23 +142,12 @@ def _is_positive(value: float) -> bool:
 
 
 def _check_conflicts(config: Config) -> None:
-    if config.objective == "error" and all(getattr(config, n) is None for n in RELATIVE_BUDGETS):
+    if config.objective == "error" and not config.budgets:
         raise ConfigError(
             "objective='error' without a budget is the float model itself",
             fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
         )
-    named = [name for name in RELATIVE_BUDGETS if getattr(config, name) is not None]
-    if config.search != "solver" and (named or config.tolerance is None):
-        given = ", ".join(named) or "tolerance=None"
-        raise ConfigError(
-            f"search={config.search!r} knows a tolerance and no other budget, and there is {given}",
-            fix='search="solver", or a tolerance alone',
-        )
-    if (
-        config.tolerance is None
-        and config.objective == "latency"
-        and all(getattr(config, n) is None for n in RELATIVE_BUDGETS)
-    ):
+    if config.tolerance is None and config.objective == "latency" and not config.budgets:
         raise ConfigError(
             "tolerance=None with objective='latency' allows any error at all",
             fix='name a tolerance: options={"tolerance": 0.05}',

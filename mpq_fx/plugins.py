@@ -1,4 +1,4 @@
-"""entry points mpq_fx.{formats,passes,metrics,solvers,kernels,targets}  ->  tables of names
+"""entry points mpq_fx.{formats,passes,metrics,solvers,searches,kernels,targets}  ->  tables
 
 An entry point's name is the name in the table.  Names are read from the metadata of installed
 packages, all at once, so that a clash is found before anything is imported; a plug-in is imported
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from mpq_fx.errors import ConfigError, PluginError
 
-GROUPS = ("formats", "passes", "metrics", "solvers", "kernels", "targets")
+GROUPS = ("formats", "passes", "metrics", "solvers", "searches", "kernels", "targets")
 T = TypeVar("T")
 _TRIED: list[EntryPoint] = []  # of this process only
 

@@ -4,23 +4,24 @@ allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
-from mpq_fx.errors import InfeasibleError
+from mpq_fx.errors import InfeasibleError, PluginError
 from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
-from mpq_fx.passes.allocate import SOLVERS, Problem, Solution
-from mpq_fx.passes.allocate.guided import guided
-from mpq_fx.passes.allocate.problem import ERROR, value_of
-from mpq_fx.passes.allocate.refine import Tried, best_of, refined
+from mpq_fx.passes.allocate import SEARCHES, SOLVERS, Candidate, Evaluator, Problem, Solution
+from mpq_fx.passes.allocate.problem import ERROR
+from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS as REFINE_ROUNDS  # benchmarks count them
+from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
+from mpq_fx.passes.analyze.mixture import Mixture, mixed
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
 from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
-from mpq_fx.verify import Candidate, bisect
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class Judge:
 
 
 SOLVE_SECONDS = 5.0
-REFINE_SECONDS = 1.0  # of each solve with a corrected table: its answer need not be proved
-REFINE_ROUNDS = 8
-REFINE_SHARE = 0.4  # of the time budget, after which no further round begins
+SEARCH_SHARE = 0.7  # of the time budget, after which a search asks no more
+CUT = "the search was ended before it had asked for all that it would"
 
 
 @dataclass(frozen=True)
@@ -109,144 +109,99 @@ def _search(
     baseline: Mapping[str, float],
     judge: Judge | None,
 ) -> Candidate:
-    start = measured.tolerance if judge is None else measured.yardstick
-
-    def solution(error_budget: float) -> Solution:
-        limits = budgets if start is None else {**budgets, "tolerance": start}
-        return _solved(measured, config, limits, baseline, _scale(error_budget, start))
-
-    if not measured.sites or start == 0.0:
-        found = solution(0.0)
-        return Candidate(found, joint_error(measured, found.assignment), 1.0)
-    if config.search != "solver":
-        assert start is not None, "a Config with a search of a name has a tolerance"
-        return _guided(measured, config, clock, baseline, start if judge is None else judge)
-    if judge is None:
-        best = _by_error(measured, config, clock, budgets, baseline, solution)
-    else:
-        best = bisect(
-            solution, lambda s: drop(measured, judge, s.assignment), judge.limit, start=start or 1.0
-        )
+    """The plan of the search that the user named; it keeps to every limit."""
+    limits = {name: value for name, value in budgets.items() if name != "tolerance"}
+    asked = problem(
+        measured.tables,
+        objective=config.objective,
+        budgets=limits,
+        baseline=baseline,
+        ties=measured.ties,
+    )
+    evaluator = _evaluator(measured, config, clock, judge)
+    name = config.search if measured.sites else "solver"  # without a choice there is nothing to try
+    best = SEARCHES.named(name).run(asked, evaluator)
     if best is None:
-        what = (
-            f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"
-        )
-        named = " and ".join(words(n, value) for n, value in budgets.items() if n != "tolerance")
-        raise InfeasibleError(
-            f"no plan that was tried has {what}" + (f" with {named}" if named else ""),
-            fix="raise the tolerance (or max_drop), or a budget",
+        _raise_unmet(evaluator, limits, judge)
+    if not is_allowed(asked, evaluator, best):
+        raise PluginError(
+            f"the search {name!r} ended with a plan that is not allowed: its error is "
+            f"{evaluator.error(best.solution.assignment):.3g}, limit {evaluator.limit:.3g}, or it "
+            "breaks a budget",
+            fix='search="solver"',
         )
     return best
 
 
-def _by_error(
-    measured: Measured,
-    config: Config,
-    clock: Clock,
-    budgets: Mapping[str, float],
-    baseline: Mapping[str, float],
-    solution: Callable[[float], Solution],
-) -> Candidate | None:
-    """Bisect the error budget, then search around the plan with a table that what was measured
-    corrects.
-    """
-    tolerance, tried = measured.tolerance, list[Tried]()
-
-    def measure(found: Solution) -> float:
-        error = joint_error(measured, found.assignment)
-        tried.append(Tried(found, error**2))
-        return error
-
-    if tolerance is None:
-        found = solution(0.0)
-        best = Candidate(found, measure(found), 1.0)
-    else:
-        past = partial(clock.is_past, 0.7)
-        best = bisect(solution, measure, tolerance, start=tolerance, is_past=past)
-    asked = _asked(measured, config, budgets, baseline, 1.0)
-    return best and _refined(measured, config, clock, asked, best, tried)
-
-
-def _refined(
-    measured: Measured,
-    config: Config,
-    clock: Clock,
-    asked: Problem,
-    best: Candidate,
-    tried: Sequence[Tried],
-) -> Candidate:
-    """The best after some rounds of solving with a corrected table; `best` if none is better."""
-    hint = best.solution.assignment
-    found = refined(
-        asked,
-        partial(SOLVERS.named(config.solver), time_limit=REFINE_SECONDS, hint=hint),
-        lambda assignment: joint_error(measured, assignment) ** 2,
-        tried,
-        rounds=REFINE_ROUNDS,
-        is_past=partial(clock.is_past, REFINE_SHARE),
+def _raise_unmet(
+    evaluator: Evaluator, budgets: Mapping[str, float], judge: Judge | None
+) -> NoReturn:
+    limits = [words(name, value) for name, value in budgets.items()]
+    if evaluator.limit < math.inf:
+        most = "an error of at most" if judge is None else "a drop of"
+        limits.insert(0, f"{most} {evaluator.limit:.3g}")
+    raise InfeasibleError(
+        f"no plan that was tried has {' and '.join(limits)}",
+        fix="raise the tolerance (or max_drop), or a budget",
     )
-    winner = best_of(asked, found)
-    if winner is None or winner.solution is best.solution:
-        return best
-    predicted = value_of(asked, ERROR, winner.solution.assignment)
-    scale = predicted / winner.error if winner.error and predicted > 0 else best.scale
-    return Candidate(winner.solution, winner.error**0.5, scale)
 
 
-def _guided(
+def _evaluator(
     measured: Measured,
     config: Config,
     clock: Clock,
-    baseline: Mapping[str, float],
-    limit: float | Judge,
-) -> Candidate:
-    """The search of the user's name, asking for measured errors, or for drops of the metric."""
+    judge: Judge | None,
+) -> Evaluator:
+    """Measured errors, or drops of the user's metric; the way back through mixtures; the solver."""
 
-    def worse_by(assignment: Mapping[str, str]) -> float:
-        if isinstance(limit, Judge):
-            return drop(measured, limit, assignment)
-        return joint_error(measured, assignment)
+    def error(plan: Mapping[str, str]) -> float:
+        return joint_error(measured, plan) if judge is None else drop(measured, judge, plan)
 
-    most = limit.limit if isinstance(limit, Judge) else limit
-    asked = _asked(measured, config, {}, baseline, 1.0)
-    found = guided(asked, config.search, lambda a: not clock.is_past(0.7) and worse_by(a) <= most)
-    return Candidate(found, worse_by(found.assignment), 1.0)
+    def gradient(shares: Shares, call: int) -> tuple[float, Shares]:
+        parts = measured.parts.choose
+        mixture = Mixture(measured.replay, measured.proposal.options, shares)
+        at = call % len(parts)
+        return mixed(mixture, parts[at], measured.references[at], measured.excluded)
 
+    cut: list[str] = []
 
-def _scale(error_budget: float, start: float | None) -> float:
-    return error_budget / start**2 if start else 1.0
+    def is_past(share: float = 1.0) -> bool:
+        is_late = clock.is_past(SEARCH_SHARE * share)
+        if is_late and share == 1.0 and not cut:
+            cut.append(CUT)
+            clock.cut(CUT)
+        return is_late
 
-
-def _asked(
-    measured: Measured,
-    config: Config,
-    budgets: Mapping[str, float],
-    baseline: Mapping[str, float],
-    scale: float,
-) -> Problem:
-    """The allocation problem of a Config; its tolerance allows `scale` times its square."""
-    return problem(
-        measured.tables,
-        objective=config.objective,
-        budgets=budgets,
-        baseline=baseline,
-        ties=measured.ties,
-        scale=scale,
+    limit = measured.tolerance if judge is None else judge.limit
+    start = measured.tolerance if judge is None else measured.yardstick
+    return Evaluator(
+        error=remembered(error),
+        limit=math.inf if limit is None else limit,
+        yardstick=start or 0.0,
+        exponent=2 if judge is None else 1,
+        gradient=gradient,
+        solve=partial(_solved, measured, config, start or 0.0),
+        is_past=is_past,
     )
 
 
 def _solved(
     measured: Measured,
     config: Config,
-    budgets: Mapping[str, float],
-    baseline: Mapping[str, float],
-    scale: float,
+    start: float,
+    problem: Problem,
+    *,
+    time_limit: float = SOLVE_SECONDS,
+    hint: Mapping[str, str] | None = None,
 ) -> Solution:
-    """One solve; budgets out of reach are named in the user's units."""
-    asked = _asked(measured, config, budgets, baseline, scale)
+    """One solve by the user's solver; budgets out of reach are named in the user's units."""
     try:
         solve = SOLVERS.named(config.solver)
-        return solve(asked, time_limit=SOLVE_SECONDS, hint=unchanged(asked))
+        return solve(problem, time_limit=time_limit, hint=hint or unchanged(problem))
     except InfeasibleError as error:
+        if problem.excluded:  # what is left of the plans is none: no fault of the budgets
+            raise
+        scale = problem.budgets.get(ERROR, 0.0) / start**2 if start else 1.0
+        baseline = float_baseline(measured)
         units = partial(in_user_units, measured.tables, baseline, scale or 1.0)
-        raise unreachable(asked, units) from error
+        raise unreachable(problem, units) from error

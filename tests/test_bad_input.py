@@ -41,8 +41,6 @@ from tests.small import OPTIONS, Net, batch, call, compiled_of, is_float, state,
         ({"on_error": "ignore"}, "on_error='ignore' is not one of raise, float", ""),
         ({"tolerance": None}, "allows any error at all", 'options={"tolerance": 0.05}'),
         ({"objective": "error"}, "is the float model itself", "max_size"),
-        ({"search": "bisect"}, "search='bisect' is not one of", "did you mean 'bisection'?"),
-        ({"search": "greedy", "max_size": "0.5x"}, "and there is max_size", 'search="solver"'),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_with_what_to_type(options, message, fix):
@@ -80,9 +78,10 @@ def test_an_unknown_target_is_refused(isolated):
     [
         ({"sensitivity": "fischer"}, "'fischer' is none of the metrics"),
         ({"solver": "cpsat"}, "'cpsat' is none of the solvers"),
+        ({"search": "bisect"}, "'bisect' is none of the searches"),
     ],
 )
-def test_an_unknown_metric_or_solver_is_refused_at_the_first_call(isolated, options, message):
+def test_an_unknown_name_of_a_catalog_is_refused_at_the_first_call(isolated, options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         call(compiled_of(Net(), **options), 1)
     assert "did you mean" in caught.value.fix
@@ -95,17 +94,6 @@ def test_the_solver_that_is_named_solves(isolated):
         call(compiled)
         found.append(mpq_fx.explain(compiled).entries[0].plan)
     assert all(plan is not None and plan.error <= plan.tolerance * 1.5 for plan in found)
-
-
-@pytest.mark.parametrize("search", ["bisection", "greedy"])
-def test_the_search_that_is_named_finds_a_plan_within_the_tolerance(isolated, search):
-    compiled = compiled_of(Net(), search=search, objective="size")
-    call(compiled)
-    plan = mpq_fx.explain(compiled).entries[0].plan
-    assert plan.solver.status == "FEASIBLE"
-    assert plan.solver.bound <= plan.solver.value
-    assert plan.error <= plan.tolerance * 1.5
-    assert any(row.choice != "float32" for row in plan.ledger)
 
 
 def test_a_glob_that_matches_nothing_names_the_sites(isolated):

@@ -148,6 +148,43 @@ def test_a_plug_in_can_be_tried_without_a_package(install):
     assert "tried" not in METRICS
 
 
+SEARCH = """
+    from mpq_fx.passes.allocate import Search
+    from mpq_fx.passes.allocate.search import candidate_of
+    from dataclasses import replace
+
+    def stay(problem, evaluator):
+        plan = {unit: offers[0] for unit, offers in problem.options.items()}
+        return candidate_of(problem, evaluator, plan, 0.0)
+
+    def overdo(problem, evaluator):
+        plan = {unit: offers[-1] for unit, offers in problem.options.items()}
+        return candidate_of(problem, replace(evaluator, limit=1e9), plan, 0.0)
+
+    def refuse(config):
+        if config.solver != "cp_sat":
+            yield f"knows cp_sat only, and there is solver={config.solver!r}"
+
+    STAY, OVERDO = Search(stay, refuse), Search(overdo)
+"""
+
+
+def test_a_search_of_a_package_is_asked_held_to_its_word_and_may_refuse(install, isolated):
+    install("tiny_search", SEARCH, searches="stay = tiny_search:STAY\noverdo = tiny_search:OVERDO")
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    batches = [torch.randn(4, 16) for _ in range(4)]
+
+    def tune(**options):
+        config = mpq_fx.Config(target="reference", tolerance=0.01, objective="size", **options)
+        return mpq_fx.tune(model, batches, config=config, progress=False)
+
+    assert {choice.name for choice in tune(search="stay").choices.values()} == {"float32"}
+    with pytest.raises(PluginError, match="'overdo' ended with a plan that is not allowed"):
+        tune(search="overdo")
+    with pytest.raises(ConfigError, match="search='stay' knows cp_sat only"):
+        tune(search="stay", solver="lagrangian")
+
+
 PASS = """
     import torch
     from mpq_fx.passes import after

@@ -145,7 +145,7 @@ def test_the_metric_and_max_drop_drive_the_bisection(isolated, model):
     assert sizes[0] < sizes[1]
 
 
-@pytest.mark.parametrize("search", ["bisection", "greedy"])
+@pytest.mark.parametrize("search", ["bisection", "greedy", "greedy_ratio"])
 def test_a_search_asks_the_metric(isolated, model, search):
     drops = []
 

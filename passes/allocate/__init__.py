@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
 from mpq_fx.passes.allocate import brute_force, cp_sat, lagrangian
 from mpq_fx.passes.allocate.frontier import frontier
+from mpq_fx.passes.allocate.greedy_ratio import GREEDY_RATIO
+from mpq_fx.passes.allocate.guided import BISECTION, GREEDY
 from mpq_fx.passes.allocate.infeasible import Diagnosis, diagnose, explain
 from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, value_of, values_of
+from mpq_fx.passes.allocate.rco import RCO
+from mpq_fx.passes.allocate.rescaled import RESCALED
+from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search, Solver
 from mpq_fx.plugins import Catalog
-
-
-class Solver(Protocol):
-    """Problem -> Solution, or InfeasibleError."""
-
-    def __call__(
-        self, problem: Problem, *, time_limit: float = 10.0, hint: Mapping[str, str] | None = None
-    ) -> Solution: ...
-
 
 SOLVERS: Catalog[Solver] = Catalog(
     "solvers",
@@ -29,10 +22,25 @@ SOLVERS: Catalog[Solver] = Catalog(
     },
 )
 
+SEARCHES: Catalog[Search] = Catalog(
+    "searches",
+    {
+        "solver": RESCALED,  # the default: solve, measure, rescale the error budget, solve again
+        "bisection": BISECTION,  # the longest prefix of the sensitivity-guided order
+        "greedy": GREEDY,  # one by one in that order
+        "greedy_ratio": GREEDY_RATIO,  # what saves most for what it loses, one by one
+        "rco": RCO,  # gradient of option logits on the manifold of one budget
+    },
+)
+
 __all__ = [
+    "SEARCHES",
     "SOLVERS",
+    "Candidate",
     "Diagnosis",
+    "Evaluator",
     "Problem",
+    "Search",
     "Solution",
     "Solver",
     "diagnose",

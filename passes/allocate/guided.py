@@ -8,30 +8,32 @@ option that saves least to the one that saves most, in the mean over the units t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from mpq_fx.passes.allocate import lagrangian
-from mpq_fx.passes.allocate.ordered import Assignment, bisection, greedy, incremental_order
-from mpq_fx.passes.allocate.problem import (
-    Problem,
-    Solution,
-    groups_of,
-    table_of,
-    values_of,
+from mpq_fx.passes.allocate.ordered import (
+    Assignment,
+    IsAllowed,
+    Order,
+    bisection,
+    greedy,
+    incremental_order,
 )
+from mpq_fx.passes.allocate.problem import Problem, groups_of, table_of
+from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search, candidate_of
 
-SEARCHES = {"bisection": bisection, "greedy": greedy}
+if TYPE_CHECKING:
+    from mpq_fx.config import Config
+
+Ordered = Callable[[Assignment, Sequence[str], Order, IsAllowed], Assignment]
 
 
-def guided(
-    problem: Problem, search: str, is_allowed: Callable[[Mapping[str, str]], bool]
-) -> Solution:
-    """The assignment that a search of SEARCHES ends with; it was allowed, or is where it started.
+def guided(search: Ordered, problem: Problem, evaluator: Evaluator) -> Candidate | None:
+    """The assignment that a search of `ordered` ends with; it was allowed, or is where it started.
 
-    Knows neither budgets nor edges.  The bound is the least that any plan could cost, whatever its
-    error.
+    Knows neither budgets nor edges.
     """
     begin = time.perf_counter()
     members = {group.members[0]: group.members for group in groups_of(problem)}
@@ -44,18 +46,20 @@ def guided(
         able = [unit for unit in candidates if _saves(problem, members[unit], found[unit], option)]
         return _least_sensitive(problem, members, able, whole(found), option)
 
-    found = whole(
-        SEARCHES[search](start, menu_of(problem, start), order, lambda a: is_allowed(whole(a)))
-    )
-    least = lagrangian.solve(replace(problem, budgets={}, pairs={}))
-    return Solution(
-        assignment=found,
-        values=values_of(problem, found),
-        status="FEASIBLE",
-        objective=problem.objective,
-        bounds=least.bounds,
-        seconds=time.perf_counter() - begin,
-    )
+    menu = menu_of(problem, start)
+    found = search(start, menu, order, lambda a: evaluator.allows(whole(a)))
+    return candidate_of(problem, evaluator, whole(found), time.perf_counter() - begin)
+
+
+def refuse(config: Config) -> Iterator[str]:
+    """Only a limit of the error can be kept."""
+    if config.budgets or config.tolerance is None:
+        given = ", ".join(config.budgets) or "tolerance=None"
+        yield f"knows a tolerance and no other budget, and there is {given}"
+
+
+BISECTION = Search(partial(guided, bisection), refuse)
+GREEDY = Search(partial(guided, greedy), refuse)
 
 
 def menu_of(problem: Problem, start: Mapping[str, str]) -> list[str]:

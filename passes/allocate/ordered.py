@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 Assignment = dict[str, str]
 IsAllowed = Callable[[Assignment], bool]
-# (candidates, the assignment so far, option to give them) -> candidates, the least sensitive first
+# (candidates, the assignment so far, option to give them) -> those it is for, least sensitive first
 Order = Callable[[Sequence[str], Assignment, str], Sequence[str]]
 
 
@@ -42,21 +42,22 @@ def bisection(
 ) -> Assignment:
     """For each option of the menu: the longest prefix of the order that may take it.
 
-    Only those may go lower still.  ⌈log2(units + 1)⌉ evaluations for each option.  With an
-    evaluator that is not monotone the answer is allowed, though perhaps not the longest.
+    Only those may go lower still, and what the option is not for.  ⌈log2(units + 1)⌉ evaluations
+    for each option.  With an evaluator that is not monotone the answer is allowed, though perhaps
+    not the longest.
     """
     found, candidates = dict(start), list(start)
     for option in menu:
-        candidates = list(order(candidates, found, option))
-        low, high = 0, len(candidates)
+        able = list(order(candidates, found, option))
+        low, high = 0, len(able)
         while low < high:
             middle = (low + high + 1) // 2
-            if is_allowed({**found, **dict.fromkeys(candidates[:middle], option)}):
+            if is_allowed({**found, **dict.fromkeys(able[:middle], option)}):
                 low = middle
             else:
                 high = middle - 1
-        candidates = candidates[:low]
-        found |= dict.fromkeys(candidates, option)
+        found |= dict.fromkeys(able[:low], option)
+        candidates = [unit for unit in candidates if unit not in able[low:]]
     return found
 
 
@@ -65,15 +66,15 @@ def greedy(
 ) -> Assignment:
     """For each option of the menu: every unit in the order that may take it, one by one.
 
-    Only those may go lower still.  As many evaluations for each option as units are left.
+    Only those may go lower still, and what the option is not for.  As many evaluations for each
+    option as units are left.
     """
     found, candidates = dict(start), list(start)
     for option in menu:
-        lowered = []
-        for unit in order(candidates, found, option):
+        for unit in list(order(candidates, found, option)):
             trial = {**found, unit: option}
             if is_allowed(trial):
                 found = trial
-                lowered.append(unit)
-        candidates = lowered
+            else:
+                candidates.remove(unit)
     return found

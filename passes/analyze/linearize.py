@@ -40,7 +40,7 @@ def linearize(replay: Replayer, record: Record) -> Linearized:
     """Run the float graph once and keep the way back to the result of every site."""
     results: dict[str, Tensor] = {}
     operands: dict[str, Operands] = {}
-    env = {node: _ordinary(value) for node, value in replay.start(record).items()}
+    env = {node: ordinary(value) for node, value in replay.start(record).items()}
     with torch.enable_grad():
         for node in replay.gm.graph.nodes:
             if node.op == "output":
@@ -51,7 +51,7 @@ def linearize(replay: Replayer, record: Record) -> Linearized:
             site = replay.sites.get(node.name)
             if site is not None:
                 args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-                operands[site.name] = node, _detached(args), _detached(kwargs)
+                operands[site.name] = node, detached(args), detached(kwargs)
             replay.step(env, node, {})
             y = env.get(node)  # dropped already where nobody reads it
             if site is not None and isinstance(y, Tensor) and y.is_floating_point():
@@ -189,10 +189,10 @@ def _probe(y: Tensor, generator: torch.Generator) -> Tensor | None:
     return torch.randint(2, y.shape, generator=generator).mul_(2).sub_(1).to(y) / norm
 
 
-def _ordinary(value: Any) -> Any:
+def ordinary(value: Any) -> Any:
     """Autograd keeps no tensor that was made in inference mode."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _detached(values: Any) -> Any:
+def detached(values: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, values)

@@ -272,6 +272,29 @@ def test_every_frontier_point_is_non_dominated(problem, resource):
         )
 
 
+def test_a_frontier_has_both_ends_however_short_the_time():
+    """With pairs CP-SAT alone finds no plan in a share of a second: tuning used to end there."""
+    source = random.Random(0)
+    options = tuple(f"o{k}" for k in range(9))
+    singles = {(u, o): source.uniform(0, 1) for u in "abcd" for o in options}
+    pairs = {
+        (u, o, v, p): source.gauss(0, 0.1)
+        for u, v in itertools.combinations("abcd", 2)
+        for o in options
+        for p in options
+    }
+    problem = Problem(
+        options=dict.fromkeys("abcd", options),
+        error=singles,
+        pairs=pairs,
+        resources={"size": {key: source.uniform(1, 9) for key in singles}},
+        objective=("size", "error"),
+    )
+    found = frontier(problem, "size", points=7, time_limit=1.0)
+    assert len(found) > 1
+    assert found[0].values["error"] > found[-1].values["error"]
+
+
 def test_frontier_with_enough_points_is_the_whole_pareto_set():
     weights = {"a": 1.0, "b": 2.0, "c": 4.0}
     options = dict.fromkeys(weights, ("w8", "w4"))
