@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], float]
+Loss = Callable[[Any, Any], Tensor]  # output, batch -> a scalar
 
 
 def tune(
@@ -30,6 +31,7 @@ def tune(
     *,
     metric: Metric | None = None,
     max_drop: float | None = None,
+    loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -37,8 +39,10 @@ def tune(
 
     A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
     function of a model, higher is better) the plan loses at most the share `max_drop` of the float
-    model's value, which takes the place of the tolerance.  The model itself is left as it was.
-    Raises CalibrationError for no batch
+    model's value, which takes the place of the tolerance.  With `loss`, loss(output, batch) -> a
+    scalar tensor, the metric sensitivity="interlayer_loss" asks how much each choice raises it; what
+    the forward does not take of a batch, such as labels, is left for the loss.  The model itself is
+    left as it was.  Raises CalibrationError for no batch, ConfigError for a loss that tells nothing,
     and InfeasibleError for budgets that cannot be met.
     """
     from mpq_fx.tuning import tune_model
@@ -48,6 +52,7 @@ def tune(
         list(batches),
         metric=metric,
         max_drop=max_drop,
+        loss=loss,
         config=config or Config(),
         progress=progress,
     )
@@ -57,6 +62,7 @@ def pareto(
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
+    loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
 ) -> Front:
@@ -68,7 +74,7 @@ def pareto(
     """
     from mpq_fx.front import front_of
 
-    return front_of(tune(model, batches, config=config, progress=progress))
+    return front_of(tune(model, batches, loss=loss, config=config, progress=progress))
 
 
 def apply(

@@ -21,7 +21,7 @@ from mpq_fx.errors import ConfigError, MpqError
 if TYPE_CHECKING:
     from mpq_fx.report import Report
 
-NOT_TUNED = ("formats", "plan", "release")  # a mapping has its own option; the others come later
+NOT_TUNED = ("formats", "plan", "release", "loss")  # a mapping has its own option; the others come later
 MIN_WIDTH = 80
 
 
@@ -109,6 +109,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--batches", help="module:function or module:list of calibration batches.")
 @click.option("--metric", help="module:function of a model; higher is better.")
 @click.option("--max-drop", type=float, help="Largest relative drop of the metric.")
+@click.option("--loss", help="module:function of an output and its batch, for interlayer_loss.")
 @click.option(
     "--formats",
     "formats",
@@ -121,7 +122,8 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_obj
 def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
     """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
-    batches, metric, max_drop = (given.pop(name) for name in ("batches", "metric", "max_drop"))
+    batches, metric, loss = (given.pop(name) for name in ("batches", "metric", "loss"))
+    max_drop = given.pop("max_drop")
     config = Config.from_options({**given, "formats": _rules(formats)})
     net, inputs = _made(model, batches)
     import mpq_fx
@@ -133,6 +135,7 @@ def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **g
         inputs,
         metric=metric and _load(metric),
         max_drop=max_drop,
+        loss=loss and _load(loss),
         config=config,
         progress=not quiet,
     )

@@ -20,7 +20,7 @@ from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
-from mpq_fx.errors import PlanError
+from mpq_fx.errors import ConfigError, PlanError
 from mpq_fx.facts import INDUCTOR, Plan, Site
 from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders, run_passes, value
 from mpq_fx.install import FLOAT_WINS, donor, install_plan, release
@@ -28,6 +28,7 @@ from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
 from mpq_fx.passes import METRICS, canonicalization, target_named
 from mpq_fx.passes.allocate import SOLVERS
+from mpq_fx.passes.analyze.metric import LossMetric
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
@@ -151,8 +152,23 @@ def welcome(
 def check_names(config: Config) -> None:
     """What plug-ins may add to is known by now, and an unknown name refused before any work."""
     target_named(config.target)
-    METRICS.named(config.sensitivity)
+    check_loss(config)
     SOLVERS.named(config.solver)
+
+
+def check_loss(config: Config) -> None:
+    """A loss is given if and only if the metric asks it."""
+    is_asked = isinstance(METRICS.named(config.sensitivity), LossMetric)
+    if is_asked and not config.loss:
+        raise ConfigError(
+            f"sensitivity={config.sensitivity!r} needs a loss, and none was given",
+            fix="mpq_fx.tune(model, batches, loss=f), with f(output, batch) -> a scalar tensor",
+        )
+    if config.loss and not is_asked:
+        raise ConfigError(
+            f"a loss was given, and sensitivity={config.sensitivity!r} does not ask it",
+            fix='mpq_fx.Config(sensitivity="interlayer_loss")',
+        )
 
 
 def loaded(config: Config) -> Config:

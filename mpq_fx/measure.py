@@ -85,7 +85,8 @@ def measure(
         tied = ties(graph, proposal)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
+    losses = split(binding.losses).choose if binding.losses else ()
+    task = Task(replay, proposal.options, parts.choose, tied, graph.caches, losses=losses)
     error = _error_table(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
         sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
@@ -146,7 +147,7 @@ def rerun(
     return lambda args: replay.run(args, local)
 
 
-def split(records: Sequence[Record]) -> Parts:
+def split(records: Sequence[Any]) -> Parts:
     """Half of the calls to fit, a quarter each to choose and to report."""
     if not records:
         raise CalibrationError(

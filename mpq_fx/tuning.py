@@ -15,12 +15,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from mpq_fx.binding import Binding
 from mpq_fx.clock import ANNOUNCE
+from mpq_fx.compiler import check_loss
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+from mpq_fx.loss import Loss, Source, inputs_of
 from mpq_fx.measure import rerun
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
@@ -36,6 +38,7 @@ def tune_model(
     *,
     metric: Metric | None,
     max_drop: float | None,
+    loss: Loss | None,
     config: Config,
     progress: bool,
 ) -> Plan:
@@ -43,20 +46,27 @@ def tune_model(
     from mpq_fx.api import call
 
     _check(model, batches, metric, max_drop)
+    observing = replace(config, calibration_calls=UNLIMITED, plan=None, loss=loss is not None)
+    check_loss(observing)
     ROOTS.add(model)
-    observing = replace(config, calibration_calls=UNLIMITED, plan=None)
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
         _progress(progress) as bar,
-        torch.inference_mode(),
+        # What is compiled in inference mode runs in no other; a loss needs gradients later.
+        torch.inference_mode() if loss is None else torch.no_grad(),
     ):
-        for batch in bar.track(batches, description="observing"):
-            call(compiled, batch)
+        source = Source(loss, model, compiled, batches) if loss else None
+        for index, batch in enumerate(bar.track(batches, description="observing")):
+            output = call(compiled, batch if loss is None else inputs_of(model, batch))
+            if source is not None:
+                source.note(index, output, _own(model, observing))
         standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
         if standard:
             standard.reach()
         found = _own(model, observing)
+        if source is not None:
+            source.hand_over(found)
         for lifecycle, binding in _announced(bar, found):
             if not _is_covered(binding, found):
                 lifecycle.finalize(binding, standard.judge(binding) if standard else None)

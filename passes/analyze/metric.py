@@ -11,6 +11,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from mpq_fx.facts import Choice, Table
@@ -21,6 +22,7 @@ Unit = tuple[str, ...]  # sites that change together
 Kind = tuple[str, ...]
 Key = tuple[str, str]  # site, name of a choice
 IsWanted = Callable[[Unit], bool]  # is there time for a unit?
+OutputLoss = Callable[[Sequence[Any]], Tensor]  # outputs of a call -> the user's loss of them
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Task:
     ties: Sequence[Unit] = ()  # sites that share a choice in every plan
     excluded: frozenset[int] = frozenset()  # outputs that are caches, and no part of the error
     deadline: float = float("inf")  # a time.monotonic(); past it a metric stops early and says so
+    losses: Sequence[OutputLoss] = ()  # of each record, where the user gave a loss
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -69,6 +72,18 @@ class Task:
 
 
 Metric = Callable[[Task], Table]
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """A metric that asks the user's loss: only `tune(loss=...)` can fill `Task.losses`."""
+
+    measure: Metric
+
+    def __call__(self, task: Task) -> Table:
+        return self.measure(task)
+
+
 # What a metric says of one recorded call: (unit, choice, noise power of this single alone).
 Each = Callable[[Record, IsWanted], Iterator[tuple[Unit, Choice, float]]]
 
