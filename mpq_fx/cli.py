@@ -21,7 +21,12 @@ from mpq_fx.errors import ConfigError, MpqError
 if TYPE_CHECKING:
     from mpq_fx.report import Report
 
-NOT_TUNED = ("formats", "plan", "release", "loss")  # a mapping has its own option; the others come later
+NOT_TUNED = (
+    "formats",
+    "plan",
+    "release",
+    "loss",
+)  # a mapping has its own option; the others come later
 MIN_WIDTH = 80
 
 

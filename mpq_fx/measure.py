@@ -18,10 +18,11 @@ from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
+from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.analyze.activation_memory import Live, live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
-from mpq_fx.passes.analyze.metric import Metric, Task
+from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
@@ -87,16 +88,16 @@ def measure(
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     losses = split(binding.losses).choose if binding.losses else ()
     task = Task(replay, proposal.options, parts.choose, tied, graph.caches, losses=losses)
-    error = _error_table(METRICS.named(config.sensitivity), task, clock)
+    errors = _error_tables(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
         sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
         float_ms = _float_ms(target, run_float, parts.choose[0])
-    tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
+    tables = {**errors, "latency": ms, **sizes(sites, proposal.options)}
     found = (target, sites, values, parts, replay, proposal, seen, references)
-    errors = (tolerance_of(config, yardstick), yardstick)
-    return Measured(*found, *errors, tables, float_ms, tied, graph.caches, live)
+    limits = (tolerance_of(config, yardstick), yardstick)
+    return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)
 
 
 def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
@@ -106,16 +107,22 @@ def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> 
     return milliseconds(lambda: run_float(*args))
 
 
-def _error_table(metric: Metric, task: Task, clock: Clock) -> Table:
-    """The metric's table; calls and sites that there was no time for are noted."""
+def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
+    """The metric's table, of a loss with the noise beside it; what there was no time for is noted."""
     with clock.stage("error table"):
-        error = metric(replace(task, deadline=clock.deadline(ERROR_TABLE)))
+        task = replace(task, deadline=clock.deadline(ERROR_TABLE))
+        if isinstance(metric, LossMetric):
+            error, noise = metric.measure(task)
+            found = {ERROR: error, NOISE: noise}
+        else:
+            error = metric(task)
+            found = {ERROR: error}
     calls = len(task.records)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):
         clock.cut(f"errors of {len(guessed)} sites are the median of other sites of their kind")
-    return error
+    return found
 
 
 def _proposal(

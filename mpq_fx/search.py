@@ -16,6 +16,7 @@ from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.allocate.guided import guided
+from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
 from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
@@ -85,7 +86,7 @@ def float_baseline(measured: Measured) -> dict[str, float]:
     sums = {
         name: sum(table.values[key] for key in first.items())
         for name, table in measured.tables.items()
-        if name != "error"
+        if name not in (ERROR, NOISE)
     }
     weights = {site.weight for site in measured.sites}
     others = sum(

@@ -76,12 +76,16 @@ Metric = Callable[[Task], Table]
 
 @dataclass(frozen=True)
 class LossMetric:
-    """A metric that asks the user's loss: only `tune(loss=...)` can fill `Task.losses`."""
+    """A metric that asks the user's loss: only `tune(loss=...)` can fill `Task.losses`.
 
-    measure: Metric
+    `measure` gives rises of the loss, which may be negative, and the noise powers of the same
+    singles: a loss does not tell how large an error is, and a tolerance is about that.
+    """
+
+    measure: Callable[[Task], tuple[Table, Table]]
 
     def __call__(self, task: Task) -> Table:
-        return self.measure(task)
+        return self.measure(task)[0]
 
 
 # What a metric says of one recorded call: (unit, choice, noise power of this single alone).
@@ -173,13 +177,12 @@ def _table(
 ) -> Table:
     means = {key: sum(seen) / len(seen) for key, seen in powers.items()}
     spread = {key: max(seen) - min(seen) for key, seen in powers.items()}
-    floats = {(site, kept[0].name): 0.0 for site, kept in task.options.items()}
     guesses = _estimated(task, means)
     return Table(
         metric,
         "noise_power",
-        {**floats, **guesses, **means},
-        spread={**floats, **spread},
+        filled(task, means),
+        spread={**_floats(task), **spread},
         provenance={
             "records": used,
             "of": len(task.records),
@@ -188,6 +191,15 @@ def _table(
             "estimated": sorted({site for site, _ in guesses}),
         },
     )
+
+
+def filled(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:
+    """Zeros for float, and guesses for what was not measured."""
+    return {**_floats(task), **_estimated(task, means), **means}
+
+
+def _floats(task: Task) -> dict[Key, float]:
+    return {(site, kept[0].name): 0.0 for site, kept in task.options.items()}
 
 
 def _estimated(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:

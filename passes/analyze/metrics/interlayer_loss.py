@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from mpq_fx.passes.analyze.metric import (
     Task,
     Unit,
     averaged,
+    filled,
     singles,
 )
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import (
@@ -39,7 +41,7 @@ from mpq_fx.passes.analyze.metrics.interlayer_hessian import (
     sketch,
 )
 from mpq_fx.passes.analyze.ranking import draw, measured, power
-from mpq_fx.passes.analyze.replay import as_real, is_measurable
+from mpq_fx.passes.analyze.replay import as_real, is_measurable, output_error
 
 PLANS = 4  # that scale the table
 SUBSTITUTE = 'sensitivity="interlayer_hessian", which needs no loss'
@@ -87,13 +89,14 @@ class Seen:
     crossed: list[Tensor] = field(default_factory=list)  # [singles, singles] of each call
     chances: list[Tensor] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
+    noise: dict[Key, list[float]] = field(default_factory=dict)
     numbers: int = 0
     is_changed: bool = False  # did a single change what the loss sees?
     is_felt: bool = False  # did the loss have a slope or a curvature there?
 
 
-def _interlayer_loss(task: Task) -> Table:
-    """Rises of the user's loss by singles and pairs, from what singles do to the outputs."""
+def _interlayer_loss(task: Task) -> tuple[Table, Table]:
+    """Rises of the user's loss by singles and pairs; noise powers of the same singles."""
     if len(task.losses) < len(task.records):
         raise ConfigError(
             "sensitivity='interlayer_loss' needs a loss, and none was given",
@@ -116,6 +119,9 @@ def _interlayer_loss(task: Task) -> Table:
             seen.is_felt |= is_sloped or bool(b.any())
             scale = balance(e, b) if scale is None else scale
             rows[unit[0], choice.name] = sketch(e * scale), sketch(b / scale)
+            noise = output_error(outputs, reference, task.excluded) ** 2
+            for site in unit:
+                seen.noise.setdefault((site, choice.name), []).append(noise / len(unit))
             yield unit, choice, at.rise(errors, bent)
         if rows:
             _cross(seen, rows, sum(leaf.numel() for leaf in at.leaves.values()))
@@ -127,7 +133,9 @@ def _interlayer_loss(task: Task) -> Table:
             "are zero, so it cannot tell one choice from another",
             fix=f"a loss that is not met already (a hinge, a clamp), or {SUBSTITUTE}",
         )
-    return scaled(task, replace(table, pairs=_pairs(seen)))
+    means = {key: fmean(powers) for key, powers in seen.noise.items()}
+    noise = replace(table, metric="measured_singles", values=filled(task, means), spread={})
+    return scaled(task, replace(table, pairs=_pairs(seen))), noise
 
 
 interlayer_loss = LossMetric(_interlayer_loss)
@@ -136,9 +144,7 @@ interlayer_loss = LossMetric(_interlayer_loss)
 def expand(loss: OutputLoss, outputs: Sequence[Any]) -> Expansion:
     """Differentiate a loss once by every floating output, so that it can be done again."""
     with torch.enable_grad():
-        given = [
-            y.detach().clone().requires_grad_() if is_measurable(y) else y for y in outputs
-        ]
+        given = [y.detach().clone().requires_grad_() if is_measurable(y) else y for y in outputs]
         value = loss(given)
         leaves = {k: y for k, y in enumerate(given) if is_measurable(y)}
         if not value.requires_grad:
@@ -194,9 +200,7 @@ def balance(e: Tensor, bent: Tensor) -> Tensor:
 
 def _cross(seen: Seen, rows: Mapping[Key, tuple[Tensor, Tensor]], numbers: int) -> None:
     """½ (⟨e_i, H e_j⟩ + ⟨e_j, H e_i⟩) of one call, and how large chance makes it."""
-    errors, bent = (
-        torch.stack([pair[k] for pair in rows.values()]).double() for k in (0, 1)
-    )
+    errors, bent = (torch.stack([pair[k] for pair in rows.values()]).double() for k in (0, 1))
     products = errors @ bent.T
     seen.crossed.append((products + products.T) / 2)
     noise = errors.norm(dim=1)[:, None] * bent.norm(dim=1)
