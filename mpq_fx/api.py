@@ -25,7 +25,7 @@ Metric = Callable[[torch.nn.Module], float]
 Loss = Callable[[Any, Any], Tensor]  # output, batch -> a scalar
 
 
-def tune(
+def tune(  # noqa: PLR0913 -- each is the user's
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
@@ -40,10 +40,10 @@ def tune(
     A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
     function of a model, higher is better) the plan loses at most the share `max_drop` of the float
     model's value, which takes the place of the tolerance.  With `loss`, loss(output, batch) -> a
-    scalar tensor, the metric sensitivity="interlayer_loss" asks how much each choice raises it; what
-    the forward does not take of a batch, such as labels, is left for the loss.  The model itself is
-    left as it was.  Raises CalibrationError for no batch, ConfigError for a loss that tells nothing,
-    and InfeasibleError for budgets that cannot be met.
+    scalar tensor, sensitivity="interlayer_loss" asks how much each choice raises it; what the
+    forward does not take of a batch, such as labels, is left for the loss.  The model itself is
+    left as it was.  Raises CalibrationError for no batch or a loss that is not finite, ConfigError
+    for one that does not depend on the output, InfeasibleError for budgets that cannot be met.
     """
     from mpq_fx.tuning import tune_model
 

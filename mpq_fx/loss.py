@@ -1,7 +1,7 @@
 """loss(output, batch) of the user  ->  loss(outputs of the graph), for each recorded call
 
-The compiled model is called again with the batch that a record came from, and its graph answers with
-the outputs under test; what the user's code makes of them, Dynamo's own code for structures
+The compiled model is called again with the batch that a record came from, and its graph answers
+with the outputs under test; what the user's code makes of them, Dynamo's own code for structures
 included, runs in eager mode with gradients on.
 """
 
@@ -80,7 +80,7 @@ class Source:
     calls: dict[int, int] = field(default_factory=dict)  # id(binding) -> how many it has had
 
     def note(self, index: int, output: Any, found: Found) -> None:
-        """Batch `index` was given to the model: is its loss usable, was it one call, who kept it?"""
+        """Batch `index` was given: is its loss usable, was it one call, which binding kept it?"""
         checked(self.loss, output, self.batches[index], index)
         made = {id(b): b.calls - self.calls.get(id(b), 0) for _, b in found}
         self.calls.update({id(b): b.calls for _, b in found})

@@ -108,7 +108,7 @@ def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> 
 
 
 def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
-    """The metric's table, of a loss with the noise beside it; what there was no time for is noted."""
+    """The metric's table, and of a loss the noise beside it; what is left out is noted."""
     with clock.stage("error table"):
         task = replace(task, deadline=clock.deadline(ERROR_TABLE))
         if isinstance(metric, LossMetric):

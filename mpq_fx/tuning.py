@@ -32,7 +32,7 @@ Metric = Callable[[torch.nn.Module], Any]
 UNLIMITED = 1 << 30  # calibration calls that no caller reaches: `tune` decides when to solve
 
 
-def tune_model(
+def tune_model(  # noqa: PLR0913 -- the arguments of tune
     model: torch.nn.Module,
     batches: Sequence[Any],
     *,
@@ -43,8 +43,6 @@ def tune_model(
     progress: bool,
 ) -> Plan:
     """See mpq_fx.tune."""
-    from mpq_fx.api import call
-
     _check(model, batches, metric, max_drop)
     observing = replace(config, calibration_calls=UNLIMITED, plan=None, loss=loss is not None)
     check_loss(observing)
@@ -58,9 +56,7 @@ def tune_model(
     ):
         source = Source(loss, model, compiled, batches) if loss else None
         for index, batch in enumerate(bar.track(batches, description="observing")):
-            output = call(compiled, batch if loss is None else inputs_of(model, batch))
-            if source is not None:
-                source.note(index, output, _own(model, observing))
+            _observe(compiled, index, batch, source, lambda: _own(model, observing))
         standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
         if standard:
             standard.reach()
@@ -72,14 +68,34 @@ def tune_model(
                 lifecycle.finalize(binding, standard.judge(binding) if standard else None)
         if standard:
             standard.verify(found)
-        plans = distinct(binding.plan for _, binding in found)
-        if not plans:
-            reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
-            raise CalibrationError(
-                f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
-                fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
-            )
-        return merged(plans)
+        return _planned(model, found)
+
+
+def _planned(model: torch.nn.Module, found: Sequence[tuple[Lifecycle, Binding]]) -> Plan:
+    plans = distinct(binding.plan for _, binding in found)
+    if not plans:
+        reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
+            fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
+        )
+    return merged(plans)
+
+
+def _observe(
+    compiled: Any,
+    index: int,
+    batch: Any,
+    source: Source | None,
+    own: Callable[[], Sequence[tuple[Lifecycle, Binding]]],
+) -> None:
+    """Call the model with a batch; with a loss, see what it says and which graph ran."""
+    from mpq_fx.api import call
+
+    if source is None:
+        call(compiled, batch)
+    else:
+        source.note(index, call(compiled, inputs_of(source.model, batch)), own())
 
 
 def _progress(is_shown: bool) -> Progress:

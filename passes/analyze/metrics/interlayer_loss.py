@@ -1,10 +1,10 @@
 """noise[u, c] = ⟨g, e(u, c)⟩ + ½ ⟨e(u, c), H e(u, c)⟩,  pair[u, c; v, d] = ⟨e(u, c), H e(v, d)⟩,
 g, H = gradient and Hessian of the user's loss by the outputs: the inter-layer augmented Hessian.
 
-L(y + e) − L(y) ≈ ⟨g, e⟩ + ½ ⟨e, H e⟩, and the errors e of singles add up to first order, for weights
-and activations alike.  e(u, c) = y(u alone in c) − y is exact; only the loss is differentiated, and
-twice: one product with H for each single, none with the model.  Terms may be negative: a loss may
-fall, and errors may cancel.  Scaled by κ to noise power.
+L(y + e) − L(y) ≈ ⟨g, e⟩ + ½ ⟨e, H e⟩, and the errors e of singles add up to first order, for
+weights and activations alike.  e(u, c) = y(u alone in c) − y is exact; only the loss is
+differentiated, and twice: one product with H for each single, none with the model.  Terms may be
+negative: a loss may fall, and errors may cancel.  Scaled by κ to noise power.
 
 Reconstruction, as interlayer_hessian is: of arXiv 2306.04879 only the abstract is public.
 """
@@ -127,18 +127,22 @@ def _interlayer_loss(task: Task) -> tuple[Table, Table]:
             _cross(seen, rows, sum(leaf.numel() for leaf in at.leaves.values()))
 
     table = averaged("interlayer_loss", task, each, forward_passes=task.suffixes)
-    if seen.is_changed and not seen.is_felt:
-        raise CalibrationError(
-            "the loss is flat: at the float outputs of every call its gradient and its curvature "
-            "are zero, so it cannot tell one choice from another",
-            fix=f"a loss that is not met already (a hinge, a clamp), or {SUBSTITUTE}",
-        )
+    _refuse_flat(seen)
     means = {key: fmean(powers) for key, powers in seen.noise.items()}
     noise = replace(table, metric="measured_singles", values=filled(task, means), spread={})
     return scaled(task, replace(table, pairs=_pairs(seen))), noise
 
 
 interlayer_loss = LossMetric(_interlayer_loss)
+
+
+def _refuse_flat(seen: Seen) -> None:
+    if seen.is_changed and not seen.is_felt:
+        raise CalibrationError(
+            "the loss is flat: at the float outputs of every call its gradient and its curvature "
+            "are zero, so it cannot tell one choice from another",
+            fix=f"a loss that is not met already (a hinge, a clamp), or {SUBSTITUTE}",
+        )
 
 
 def expand(loss: OutputLoss, outputs: Sequence[Any]) -> Expansion:
