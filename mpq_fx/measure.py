@@ -25,7 +25,15 @@ from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
-from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
+from mpq_fx.passes.analyze.ranking import draw
+from mpq_fx.passes.analyze.ranking import measured as errors_of
+from mpq_fx.passes.analyze.replay import (
+    Replayer,
+    is_measurable,
+    replayer,
+    run_in,
+    worst_error,
+)
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 Record = Sequence[Any]
+PLANS = 4  # random ones that show whether a table of zeros is true
 ERROR_TABLE = 0.25  # share of the time budget after which no further call is measured
 
 
@@ -84,6 +93,7 @@ def measure(
         traced = trace(replay, first)
         references = (traced.outputs, *(replay.run(record, {}) for record in others))
         tied = ties(graph, proposal)
+        check_outputs(references, graph.caches)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
     losses = split(binding.losses).choose if binding.losses else ()
@@ -117,6 +127,7 @@ def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
         else:
             error = metric(task)
             found = {ERROR: error}
+    refuse_silent(error, task)
     calls = len(task.records)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
@@ -181,6 +192,32 @@ def check_finite(values: Mapping[str, Tensor], paths: Mapping[str, str]) -> None
                 f"the weight {paths.get(name, name)} holds NaN or inf",
                 fix="load a checkpoint whose weights are finite",
             )
+
+
+def check_outputs(references: Sequence[Sequence[Any]], excluded: frozenset[int]) -> None:
+    """Errors are relative to outputs: some number of theirs has to be finite and not zero."""
+    outputs = [y for each in references for k, y in enumerate(each) if k not in excluded]
+    if not any(bool((y.isfinite() & (y != 0)).any()) for y in outputs if is_measurable(y)):
+        raise CalibrationError(
+            "every output of the float model is zero or not finite on the recorded calls, so no "
+            "error can be measured",
+            fix="calibrate with inputs that the model responds to",
+        )
+
+
+def refuse_silent(table: Table, task: Task) -> None:
+    """A table of zeros is true only where plans change nothing; else all would look harmless."""
+    if task.count == 0 or any(table.values.values()) or any(table.pairs.values()):
+        return
+    task = replace(task, records=task.records[:1])
+    largest = max(errors_of(task, [draw(task, seed) for seed in range(PLANS)]))
+    if largest > 0.0:
+        raise CalibrationError(
+            f"{table.metric} finds no harm in any choice, though random plans have errors of up "
+            f"to {largest:.3g}: it does not apply to these outputs, or gradients vanish (rounding "
+            "and detach() in the model stop them)",
+            fix='sensitivity="measured"',
+        )
 
 
 def static_formats(proposal: Proposal) -> list[Any]:

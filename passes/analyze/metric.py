@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.replay import Replayer
 
@@ -106,11 +108,23 @@ def averaged(metric: str, task: Task, each: Each, *, forward_passes: float) -> T
     for record in _in_time(task, begin):
         measured: set[Unit] = set()
         for unit, choice, power in each(record, wanted):
+            _refuse_infinite(metric, task, unit, choice, power)
             measured.add(unit)
             for site in unit:
                 powers.setdefault((site, choice.name), []).append(power / len(unit))
         used, wanted = used + 1, measured.__contains__
     return _table(metric, task, powers, used, begin, forward_passes)
+
+
+def _refuse_infinite(metric: str, task: Task, unit: Unit, choice: Choice, power: float) -> None:
+    if not math.isfinite(power):
+        site = next(site for site in task.replay.sites.values() if site.name == unit[0])
+        raise CalibrationError(
+            f"{metric} finds {power} for a {site.op} in {choice.name}: an output or a gradient of "
+            "a recorded call is not finite",
+            at=" ".join(filter(None, (site.path or site.name, site.source))),
+            fix='leave such calls out, or sensitivity="measured", which asks no gradient',
+        )
 
 
 def _in_time(task: Task, begin: float) -> Iterator[Record]:

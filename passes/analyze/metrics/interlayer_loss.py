@@ -60,7 +60,9 @@ class Expansion:
         return slope + sum(_inner(errors[k], b) for k, b in bent.items()) / 2
 
     def bend(self, errors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """H e; zeros where the loss is linear in an output."""
+        """H e; zeros where the loss is linear in an output, which is what autograd says of a user's
+        own function marked `once_differentiable`, too.
+        """
         curved = [k for k, g in self.slopes.items() if g.requires_grad]
         nothing = {k: torch.zeros_like(leaf) for k, leaf in self.leaves.items()}
         if not curved:

@@ -1,0 +1,492 @@
+"""tune(loss=...): the user's own loss, from the batch it was given with to the plan."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, replace
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.utils import ModelOutput
+
+import mpq_fx
+from mpq_fx.demo.nets import CALLS, DIGITS, SUBJECTS, digits
+from mpq_fx.errors import CalibrationError, ConfigError, MpqError, UnsupportedError
+from mpq_fx.facts import Table
+from mpq_fx.loss import checked, inputs_of
+from mpq_fx.numerics import relative_rms
+from mpq_fx.passes import METRICS
+from mpq_fx.passes.allocate.problem import NOISE
+from mpq_fx.passes.analyze.metric import LossMetric, Task
+from mpq_fx.passes.analyze.ranking import draw, power, spearman
+from mpq_fx.plugins import add
+from mpq_fx.registry import bindings_of
+from tests import small
+
+LOOKING_ON = []  # what the metric `seen` does with a task
+
+
+def seen(task: Task) -> tuple[Table, Table]:
+    LOOKING_ON[-1](task)
+    table = METRICS["measured"](task)
+    return table, table
+
+
+seen_metric = LossMetric(seen)
+
+
+class Net(nn.Module):
+    """32 numbers -> 4 classes, in the structure that a test wants."""
+
+    def __init__(self, pack=lambda y: y) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(32, 24), nn.Linear(24, 4)
+        self.pack = pack
+
+    def forward(self, x, scale=None):
+        y = self.down(functional.gelu(self.up(x)))
+        return self.pack(y if scale is None else y * scale)
+
+
+@dataclass
+class Output(ModelOutput):
+    logits: torch.Tensor | None = None
+    count: int | None = None
+
+
+def batches(*sizes: int):
+    made = []
+    for seed, size in enumerate(sizes or (6, 6, 6, 6)):
+        source = torch.Generator().manual_seed(seed)
+        x = torch.randn(size, 32, generator=source)
+        made.append({"x": x, "labels": torch.randint(4, (size,), generator=source)})
+    return made
+
+
+def cross_entropy(output, batch):
+    return functional.cross_entropy(output, batch["labels"])
+
+
+def config(**options):
+    given = {"target": "reference", "tolerance": 0.1, "sensitivity": "interlayer_loss"}
+    return mpq_fx.Config(**{**given, **options})
+
+
+def tune(model, given=None, loss=cross_entropy, **options):
+    given = batches() if given is None else given
+    return mpq_fx.tune(model.eval(), given, loss=loss, config=config(**options), progress=False)
+
+
+def task_of(model, given, loss) -> Task:
+    """What a metric is asked, while it is asked: losses call the compiled model."""
+    kept = []
+    looked_on(model, given, loss, kept.append)
+    return kept[0]
+
+
+def looked_on(model, given, loss, look) -> None:
+    add("metrics", "seen", f"{__name__}:seen_metric")
+    LOOKING_ON.append(look)
+    tune(model, given, loss, sensitivity="seen")
+
+
+# --- from a batch to a table --------------------------------------------------------------------
+
+
+def test_it_plans_a_model_within_the_tolerance(isolated):
+    model = Net()
+    plan = tune(model, objective="size")
+    assert plan.tables["error"].metric == "interlayer_loss"
+    assert plan.tables[NOISE].metric == "measured_singles"
+    assert plan.errors["plan"] <= 0.1
+    assert any(choice.weight != "float32" for choice in plan.choices.values())
+    assert bindings_of(model) == []
+
+
+@pytest.mark.parametrize(
+    ("pack", "logits"),
+    [
+        (lambda y: (y, 3), lambda o: o[0]),
+        (lambda y: {"a": [y, None]}, lambda o: o["a"][0]),
+        (lambda y: Output(logits=y, count=3), lambda o: o.logits),
+    ],
+    ids=["tuple", "nested", "ModelOutput"],
+)
+def test_an_output_may_have_any_structure(isolated, pack, logits):
+    plain = tune(Net())
+    found = tune(Net(pack), loss=lambda o, b: cross_entropy(logits(o), b))
+    assert found.tables["error"].values == pytest.approx(plain.tables["error"].values, rel=1e-5)
+    assert found.choices == plain.choices
+
+
+def test_each_record_gets_the_loss_of_the_batch_that_it_came_from(isolated):
+    """Batches 1 and 3 are repeated, and a constant one tells nothing: neither is recorded."""
+    given = batches(*[6] * 6)
+    zero = {"x": torch.zeros(6, 32), "labels": given[0]["labels"]}
+    given = [given[0], given[1], given[1], zero, *given[2:5], given[3], given[5]]
+    asked, model = [], Net().eval()
+
+    def loss(output, batch):
+        asked.append((output, batch))
+        return cross_entropy(output, batch)
+
+    def look(task):
+        for record, of_outputs in zip(task.records, task.losses, strict=True):
+            outputs = task.replay.run(record, {})
+            found = of_outputs(outputs)
+            output, batch = asked[-1]
+            x = next(x for x in record if isinstance(x, torch.Tensor) and x.shape == (6, 32))
+            assert torch.equal(batch["x"], x), "another batch's"
+            assert batch is next(b for b in given if torch.equal(b["x"], x)), "not as it was given"
+            assert output is outputs[0]
+            assert float(found) == pytest.approx(float(cross_entropy(model(x), batch)), rel=1e-5)
+        seen_records.append(len(task.records))
+
+    seen_records = []
+    looked_on(model, given, loss, look)
+    assert seen_records == [1]
+    assert len({id(batch) for _, batch in asked}) == 9 - 1, "each is looked at once"
+
+
+def test_a_smaller_last_batch_is_no_obstacle(isolated):
+    """Dynamo answers every batch by its newest code, compiled for the last one's size."""
+    plan = tune(Net(), batches(6, 6, 6, 6, 3))
+    wanted = tune(Net(), batches(6, 6, 6, 6))
+    assert plan.tables["error"].values == pytest.approx(wanted.tables["error"].values, rel=1e-4)
+
+
+def test_what_the_forward_does_not_take_is_left_for_the_loss():
+    net, x, y = Net(), torch.ones(2, 32), torch.zeros(2)
+    assert inputs_of(net, {"x": x, "labels": y}) == {"x": x}
+    assert inputs_of(net, {"x": x, "scale": y}) == {"x": x, "scale": y}
+    assert inputs_of(net, (x, y, 3)) == (x, y)
+    assert inputs_of(net, [x]) == [x]
+    assert inputs_of(net, x) is x
+    assert inputs_of(nn.Linear(2, 2), (x, y)) == (x,)
+    anything = nn.Module()
+    anything.forward = lambda *args, **kwargs: None
+    assert inputs_of(anything, (x, y)) == (x, y)
+    assert inputs_of(anything, {"q": x}) == {"q": x}
+
+
+@torch.compiler.disable
+def pooled_outside(y):
+    return y.square().mean(0)
+
+
+@pytest.mark.parametrize("how", ["disabled", "break"])
+def test_the_users_code_behind_the_graph_is_differentiated_too(isolated, how):
+    class Pooled(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            if how == "disabled":
+                return pooled_outside(y)
+            torch._dynamo.graph_break()  # noqa: TID251 -- what a user's print() does
+            return y.square().mean(0)
+
+    found = tune(Pooled(), loss=lambda o, b: o.sum()).tables["error"]
+    wanted = tune(Net(), loss=lambda o, b: o.square().mean(0).sum()).tables["error"]
+    assert found.values == pytest.approx(wanted.values, rel=1e-4)
+    assert found.pairs.keys() == wanted.pairs.keys()
+
+
+@pytest.mark.parametrize("search", ["bisection", "greedy"])
+def test_the_searches_take_the_order_of_the_loss(isolated, search):
+    plan = tune(Net(), objective="size", search=search)
+    assert plan.tables["error"].metric == "interlayer_loss"
+    assert plan.errors["plan"] <= 0.1
+    assert any(choice.weight != "float32" for choice in plan.choices.values())
+
+
+def test_a_loss_and_a_metric_work_together(isolated):
+    model, asked = Net().eval(), batches(7)[0]["x"]
+
+    def metric(net):
+        with torch.no_grad():
+            return 1 - relative_rms(net(asked), model(asked))
+
+    plan = mpq_fx.tune(
+        model,
+        batches(),
+        metric=metric,
+        max_drop=0.05,
+        loss=cross_entropy,
+        config=config(objective="size"),
+        progress=False,
+    )
+    assert plan.tables["error"].metric == "interlayer_loss"
+
+
+# --- signs --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_falls_with_every_error_still_ends_within_the_tolerance(isolated):
+    """Σ rises <= 0 admits every plan; the noise beside them does not."""
+    model = Net().eval()
+
+    def falling(output, batch):
+        with torch.no_grad():
+            y = model(batch["x"])
+        return -(output - y).square().sum()
+
+    plan = tune(model, loss=falling, objective="size", tolerance=0.004)
+    assert all(value <= 0.0 for value in plan.tables["error"].values.values())
+    assert plan.errors["plan"] <= 0.004
+    assert any(choice.weight != "float32" for choice in plan.choices.values())
+    points = plan.frontier("size")
+    assert all(point["error"] > 0.0 for point in points[:-1])
+    assert all(NOISE not in point for point in points)
+    for point in points:
+        if point["options"]:
+            again = plan.resolve(**point["options"])
+            assert again.provenance["predicted"]["size"] <= point["size"] * (1 + 1e-9)
+
+
+def test_a_plan_with_rises_is_saved_and_loaded(isolated, tmp_path):
+    plan = tune(Net(), objective="size")
+    plan.save(tmp_path / "plan.json")
+    again = mpq_fx.facts.Plan.load(tmp_path / "plan.json")
+    assert again.tables[NOISE].values == plan.tables[NOISE].values
+    assert again.resolve(tolerance=0.05).choices == plan.resolve(tolerance=0.05).choices
+
+
+# --- what cannot be -----------------------------------------------------------------------------
+
+
+def test_a_loss_and_the_metric_that_asks_it_belong_together(isolated):
+    model = Net().eval()
+    with pytest.raises(ConfigError, match="a loss was given, and sensitivity='auto'") as caught:
+        tune(model, sensitivity="auto")
+    assert caught.value.fix == 'mpq_fx.Config(sensitivity="interlayer_loss")'
+    with pytest.raises(ConfigError, match="needs a loss, and none was given") as caught:
+        tune(model, loss=None)
+    assert "loss=f" in caught.value.fix
+    compiled = torch.compile(model, backend="mpq", options={"sensitivity": "interlayer_loss"})
+    with torch.inference_mode(), pytest.raises(ConfigError, match="needs a loss"):
+        compiled(batches()[0]["x"])
+    with pytest.raises(ConfigError, match="belongs to tune"):
+        mpq_fx.Config(sensitivity="interlayer_loss", loss=cross_entropy)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "float"])
+def test_labels_that_a_batch_lacks_are_the_users_own_error_with_his_line(isolated, on_error):
+    given = [{"x": b["x"]} if k == 2 else b for k, b in enumerate(batches())]
+    with pytest.raises(KeyError, match="labels") as caught:
+        tune(Net(), given, on_error=on_error)
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert (last.name, last.line) == (
+        "cross_entropy",
+        'return functional.cross_entropy(output, batch["labels"])',
+    )
+
+
+def test_labels_that_a_metric_lacks_are_the_users_own_error_too(isolated):
+    def accuracy(net):
+        batch = {"x": batches()[0]["x"]}
+        return float((net(batch["x"]).argmax(-1) == batch["labels"]).float().mean())
+
+    given = [b["x"] for b in batches()]
+    with pytest.raises(KeyError, match="labels") as caught:
+        mpq_fx.tune(
+            Net().eval(),
+            given,
+            metric=accuracy,
+            max_drop=0.1,
+            config=config(sensitivity="auto"),
+            progress=False,
+        )
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "match"),
+    [
+        (lambda o, b: o, ConfigError, r"batch 0 is a torch.float32 tensor of shape \(6, 4\)"),
+        (lambda o, b: float(o.sum()), ConfigError, "batch 0 is float, not"),
+        (lambda o, b: o.argmax(), ConfigError, "a torch.int64 tensor"),
+        (lambda o, b: o.sum() / 0.0, CalibrationError, "batch 0 is -?inf on the float model"),
+        (lambda o, b: o.sum() * torch.nan, CalibrationError, "is nan on the float model"),
+        (lambda o, b: o.detach().sum(), ConfigError, "does not depend on the outputs"),
+        (lambda o, b: (0 * o).sum(), CalibrationError, "the loss is flat"),
+        (lambda o, b: b["x"].sum(), ConfigError, "does not depend on the outputs"),
+    ],
+    ids=["vector", "float", "integer", "inf", "nan", "detached", "flat", "of the batch alone"],
+)
+def test_a_loss_that_tells_nothing_is_refused(isolated, loss, kind, match):
+    model = Net()
+    with pytest.raises(kind, match=match) as caught:
+        tune(model, loss=loss)
+    assert caught.value.fix
+    assert bindings_of(model) == []
+
+
+def test_a_loss_of_one_number_in_any_shape_is_a_scalar():
+    assert checked(lambda o, b: torch.ones(1, 1), None, None, 0).shape == ()
+
+
+class Broken(Net):
+    """Two graphs with sites in one call."""
+
+    def forward(self, x):
+        y = self.up(x)
+        torch._dynamo.graph_break()  # noqa: TID251
+        return self.down(y)
+
+
+class Looped(nn.Module):
+    """One graph, called twice with the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x):
+        for _ in range(2):
+            torch._dynamo.graph_break()  # noqa: TID251
+            x = self.step(x)
+            torch._dynamo.graph_break()  # noqa: TID251
+        return x
+
+    def step(self, x):
+        return functional.gelu(self.inner(x))
+
+
+@pytest.mark.parametrize(("model", "match"), [(Broken, "2 graphs"), (Looped, "2 graphs|2 times")])
+def test_a_call_of_several_graphs_is_refused(isolated, model, match):
+    with pytest.raises(UnsupportedError, match=match) as caught:
+        tune(model(), loss=lambda o, b: o.sum())
+    assert 'sensitivity="interlayer_hessian"' in caught.value.fix
+
+
+# --- what a net and a metric do where there is nothing to measure ---------------------------------
+
+
+class Dead(Net):
+    def forward(self, x):
+        return super().forward(x).abs().neg().relu()
+
+
+class Stepped(Net):
+    def forward(self, x):
+        return (8 * super().forward(x)).round()
+
+
+class Rooted(Net):
+    """The value is finite, the gradient is not."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + (y - y).sqrt()
+
+
+def plan(model, sensitivity):
+    given = [b["x"] for b in batches()]
+    asked = config(sensitivity=sensitivity)
+    return mpq_fx.tune(model.eval(), given, config=asked, progress=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "measured", "fisher", "perturbation_hessian", "kl"])
+def test_a_model_whose_outputs_are_all_zero_is_refused(isolated, name):
+    with pytest.raises(CalibrationError, match="every output of the float model is zero"):
+        plan(Dead(), name)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_refused(isolated):
+    class Lost(Net):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    with pytest.raises(CalibrationError, match="zero or not finite on the recorded calls"):
+        plan(Lost(), "measured")
+
+
+GRADIENT = (
+    "fisher",
+    "fisher_elementwise",
+    "first_order",
+    "hessian_trace",
+    "hessian_eigenvalue",
+    "eigenvalue_spread",
+    "perturbation_hessian",
+    "relevance",
+)
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_that_vanish_are_refused_by_every_metric_that_asks_them(isolated, name):
+    with pytest.raises(CalibrationError, match="finds no harm in any choice") as caught:
+        plan(Stepped(), name)
+    assert caught.value.fix == 'sensitivity="measured"'
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_that_are_not_finite_are_refused_by_every_metric(isolated, name):
+    with pytest.raises(CalibrationError, match="finds (nan|inf) for a linear") as caught:
+        plan(Rooted(), name)
+    assert "measured" in caught.value.fix
+    assert "up" in caught.value.at or "down" in caught.value.at
+
+
+@pytest.mark.parametrize("model", [Stepped, Rooted])
+def test_metrics_without_gradients_plan_such_models(isolated, model):
+    assert plan(model(), "measured").errors
+
+
+def test_one_dead_output_beside_a_live_one_is_no_obstacle(isolated):
+    class Half(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.abs().neg().relu()
+
+    for name in ("measured", "perturbation_hessian", "fisher"):
+        assert plan(Half(), name).tables["error"].values
+
+
+def test_every_error_here_is_one_of_ours():
+    assert issubclass(CalibrationError, MpqError)
+    assert small.OPTIONS["target"] == "reference"
+
+
+# --- trained nets -------------------------------------------------------------------------------
+
+
+def labelled():
+    images, labels, _, _ = digits()
+    both = zip(images[: CALLS * DIGITS].split(DIGITS), labels.split(DIGITS), strict=False)
+    return [{"images": x, "labels": y} for x, y in both]
+
+
+def rises(task: Task, plans) -> list[float]:
+    """By how much the loss rises, the mean over the recorded calls."""
+    replay, sums = replace(task.replay, caches=False), [0.0] * len(plans)
+    for record, loss in zip(task.records, task.losses, strict=True):
+        base = float(loss(replay.run(record, {})))
+        found = (float(loss(replay.run(record, p))) - base for p in plans)
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+    return [value / len(task.records) for value in sums]
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_the_rise_of_cross_entropy_is_predicted_on_a_trained_net(isolated, name):
+    """Plans that the table has not seen, and better than by tables that know no labels."""
+
+    def look(task):
+        plans = [p for p in (draw(task, seed) for seed in range(1000, 1020)) if p]
+        real = rises(task, plans)
+        tables = {m: METRICS[m](task) for m in ("interlayer_loss", "interlayer_kl", "measured")}
+        guesses = {m: [power(t, p) for p in plans] for m, t in tables.items()}
+        ranks = {m: spearman(g, real) for m, g in guesses.items()}
+        assert ranks["interlayer_loss"] > 0.85
+        assert ranks["interlayer_loss"] > max(ranks["interlayer_kl"], ranks["measured"])
+        kappa = tables["interlayer_loss"].provenance["kappa"]
+        ratios = [g / kappa / r for g, r in zip(guesses["interlayer_loss"], real, strict=True)]
+        assert median(ratios) == pytest.approx(1.0, abs=0.2)
+        done.append(name)
+
+    done = []
+    looked_on(SUBJECTS[name]().model, labelled(), cross_entropy, look)
+    assert done == [name]
