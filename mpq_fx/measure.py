@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,18 +42,19 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 Record = Sequence[Any]
+T = TypeVar("T")
 PLANS = 4  # random ones that show whether a table of zeros is true
 ERROR_TABLE = 0.25  # share of the time budget after which no further call is measured
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Generic[T]):
     """The recorded calls, split: static ranges from `fit`, choices from `choose`, the error that is
     reported from `report`; with fewer than three calls the parts overlap and the plan says so."""
 
-    fit: tuple[Record, ...]
-    choose: tuple[Record, ...]
-    report: tuple[Record, ...]
+    fit: tuple[T, ...]
+    choose: tuple[T, ...]
+    report: tuple[T, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Measured:
     target: Target
     sites: tuple[Site, ...]  # with the sizes of a recorded call
     values: Mapping[str, Tensor]
-    parts: Parts
+    parts: Parts[Record]
     replay: Replayer
     proposal: Proposal
     observed: Mapping[str, Observed]
@@ -165,7 +166,7 @@ def rerun(
     return lambda args: replay.run(args, local)
 
 
-def split(records: Sequence[Any]) -> Parts:
+def split(records: Sequence[T]) -> Parts[T]:
     """Half of the calls to fit, a quarter each to choose and to report."""
     if not records:
         raise CalibrationError(

@@ -5,7 +5,7 @@ allowed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
-from mpq_fx.passes.allocate import SOLVERS, Solution
+from mpq_fx.passes.allocate import SOLVERS, Problem, Solution
 from mpq_fx.passes.allocate.guided import guided
 from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
@@ -127,6 +127,8 @@ def _search(
     else:
         best = bisect(solution, lambda a: drop(measured, judge, a), judge.limit, start=start)
     if best is None:
+        best = _float(measured, config, budgets, baseline, judge)
+    if best is None:
         what = (
             f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"
         )
@@ -136,6 +138,28 @@ def _search(
             fix="raise the tolerance (or max_drop), or a budget",
         )
     return best
+
+
+def _float(
+    measured: Measured,
+    config: Config,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    judge: Judge | None,
+) -> Candidate | None:
+    """The float model, unless budgets forbid it: choices that alone change nothing, or make a loss
+    fall, need no predicted error, and may miss the tolerance together.
+    """
+    limits = {name: value for name, value in budgets.items() if name != "tolerance"}
+    asked = _asked(measured, config, limits, baseline, 1.0)
+    try:
+        found = SOLVERS.named(config.solver)(replace(asked, forced=unchanged(asked)))
+    except InfeasibleError:
+        return None
+    whole = found.assignment
+    error = joint_error(measured, whole) if judge is None else drop(measured, judge, whole)
+    most = measured.tolerance if judge is None else judge.limit
+    return Candidate(found, error, 0.0) if most is None or error <= most else None
 
 
 def _guided(
@@ -153,16 +177,30 @@ def _guided(
         return joint_error(measured, assignment)
 
     most = limit.limit if isinstance(limit, Judge) else limit
-    ties = measured.ties
-    asked = problem(
-        measured.tables, objective=config.objective, budgets={}, baseline=baseline, ties=ties
-    )
+    asked = _asked(measured, config, {}, baseline, 1.0)
     found = guided(asked, config.search, lambda a: not clock.is_past(0.7) and worse_by(a) <= most)
     return Candidate(found, worse_by(found.assignment), 1.0)
 
 
 def _scale(error_budget: float, start: float | None) -> float:
     return error_budget / start**2 if start else 1.0
+
+
+def _asked(
+    measured: Measured,
+    config: Config,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    scale: float,
+) -> Problem:
+    return problem(
+        measured.tables,
+        objective=config.objective,
+        budgets=budgets,
+        baseline=baseline,
+        ties=measured.ties,
+        scale=scale,
+    )
 
 
 def _solved(
@@ -173,14 +211,7 @@ def _solved(
     scale: float,
 ) -> Solution:
     """One solve; budgets out of reach are named in the user's units."""
-    asked = problem(
-        measured.tables,
-        objective=config.objective,
-        budgets=budgets,
-        baseline=baseline,
-        ties=measured.ties,
-        scale=scale,
-    )
+    asked = _asked(measured, config, budgets, baseline, scale)
     try:
         solve = SOLVERS.named(config.solver)
         return solve(asked, time_limit=SOLVE_SECONDS, hint=unchanged(asked))
