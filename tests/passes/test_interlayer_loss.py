@@ -316,6 +316,23 @@ def test_a_balanced_sketch_keeps_products_of_logits(seed):
     assert off <= 0.15 * length
 
 
+def test_pairs_of_long_outputs_are_found_through_a_sketch(raw):
+    """Two equal branches, and a loss that looks at few of 40,000 numbers."""
+    w = values(8192, 16)
+    net = subject(
+        lambda x, a, b: (functional.linear(x, a) + functional.linear(x, b),), (w, w), 5, 16, calls=1
+    )
+    weight = (6 * torch.randn(8192, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    (y,) = net.replay().run(net.calls[0], {})
+    task = task_of(net, [lambda o: ((o[0] - y).square() * weight).sum() / 2], INT4)
+    table = METRIC(task)
+    one, two = task.options
+    assert y.numel() > WIDTH
+    (pair,) = table.pairs.values()
+    assert pair == pytest.approx(2 * table.values[one, INT4.name], rel=0.1)
+    assert table.values[one, INT4.name] == pytest.approx(table.values[two, INT4.name])
+
+
 def test_short_outputs_are_not_sketched():
     assert torch.equal(balance(torch.ones(5), torch.ones(5)), torch.ones(5))
 
