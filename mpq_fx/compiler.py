@@ -133,7 +133,8 @@ def welcome(
     root = naming_root(binding, frame)
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
-    plan = config.plan or donor(graph, binding, all_bindings())
+    # A loss is asked for a plan of its own, whatever runs on these weights already.
+    plan = config.plan or (None if config.loss else donor(graph, binding, all_bindings()))
     if not isinstance(plan, Plan) or binding.reason != OBSERVING:
         return
     try:

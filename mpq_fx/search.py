@@ -126,8 +126,7 @@ def _search(
         )
     else:
         best = bisect(solution, lambda a: drop(measured, judge, a), judge.limit, start=start)
-    if best is None:
-        best = _float(measured, config, budgets, baseline, judge)
+    best = best or _float(measured, config, budgets, baseline, judge)
     if best is None:
         what = (
             f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"

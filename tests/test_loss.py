@@ -181,6 +181,17 @@ def test_a_loss_and_a_metric_work_together(isolated):
     assert plan.tables["error"].metric == "interlayer_loss"
 
 
+def test_a_model_that_runs_a_plan_already_gets_one_of_the_loss(isolated):
+    model = Net().eval()
+    other = mpq_fx.tune(
+        model, [b["x"] for b in batches()], config=config(sensitivity="measured"), progress=False
+    )
+    compiled = mpq_fx.apply(model, other)
+    with torch.no_grad():
+        compiled(batches()[0]["x"])
+    assert tune(model).tables["error"].metric == "interlayer_loss"
+
+
 # --- signs --------------------------------------------------------------------------------------
 
 
