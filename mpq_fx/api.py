@@ -37,25 +37,33 @@ def tune(  # noqa: PLR0913 -- each is the user's
 ) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
-    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
-    function of a model, higher is better) the plan loses at most the share `max_drop` of the float
-    model's value, which takes the place of the tolerance.  With `loss`, loss(output, batch) -> a
-    scalar tensor, sensitivity="interlayer_loss" asks how much each choice raises it; what the
-    forward does not take of a batch, such as labels, is left for the loss.  The model itself is
-    left as it was.  Raises CalibrationError for no batch or a loss that is not finite, ConfigError
-    for one that does not depend on the output, InfeasibleError for budgets that cannot be met.
+    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); `mpq_fx.synthetic`
+    makes some without data, and the plan then says so.  With `metric` (a function of a model,
+    higher is better) the plan loses at most the share `max_drop` of the float model's value, which
+    takes the place of the tolerance.  With `loss`, loss(output, batch) -> a scalar tensor,
+    sensitivity="interlayer_loss" asks how much each choice raises it; what the forward does not
+    take of a batch, such as labels, is left for the loss.  The model itself is left as it was.
+    Raises CalibrationError for no batch, for a loss that is not finite and for a model that is not
+    deterministic, ConfigError for a loss that does not depend on the output, InfeasibleError for
+    budgets that cannot be met.
     """
+    from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
 
-    return tune_model(
+    given = list(batches)
+    made_up = synthetic_facts(given)
+    if made_up:
+        log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
+    plan = tune_model(
         model,
-        list(batches),
+        given,
         metric=metric,
         max_drop=max_drop,
         loss=loss,
         config=config or Config(),
         progress=progress,
     )
+    return with_origins(plan, made_up)
 
 
 def pareto(

@@ -25,6 +25,7 @@ from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
+from mpq_fx.passes.analyze.randomness import check_repeatable
 from mpq_fx.passes.analyze.ranking import draw
 from mpq_fx.passes.analyze.ranking import measured as errors_of
 from mpq_fx.passes.analyze.replay import (
@@ -86,6 +87,7 @@ def measure(
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)
+    check_repeatable(replay, parts.fit[0], graph.caches)
     with clock.stage("observe"):
         seen = observe(replay, parts.fit)
         proposal = _proposal(graph, binding, config, target, seen)

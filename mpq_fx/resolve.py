@@ -80,7 +80,7 @@ def trade_offs(
     asked = _problem(plan, plan.objective, budgets)
     if NOISE not in plan.tables:
         return non_dominated(asked, resource, points, time_limit)
-    found = non_dominated(_harm(asked), resource, points, time_limit)
+    found = non_dominated(_by_noise(asked), resource, points, time_limit)
     kept: list[Solution] = []
     for each in found:
         whole = replace(each, values=values_of(asked, each.assignment))
@@ -89,10 +89,9 @@ def trade_offs(
     return tuple(kept)
 
 
-def _harm(asked: Problem) -> Problem:
-    """error <- rise of the loss + noise: one number for two that a plan keeps within one budget."""
-    noise = asked.resources[NOISE]
-    return replace(asked, error={key: rise + noise[key] for key, rise in asked.error.items()})
+def _by_noise(asked: Problem) -> Problem:
+    """error <- noise, which ends at float; a sum with rises may cancel, and end anywhere."""
+    return replace(asked, error=asked.resources[NOISE], pairs={})
 
 
 def _error(plan: Plan, solution: Solution) -> float:
@@ -184,7 +183,10 @@ def _resolved(plan: Plan, config: Config, budgets: Mapping[str, float], solution
         solver=solver_facts(solution),
         timings={"solve": round(solution.seconds, 3)},
         provenance={**plan.provenance, "predicted": values},
-        notes=(f"solved again without data: {summary} ({PREDICTED})",),
+        notes=(
+            f"solved again without data: {summary} ({PREDICTED})",
+            *filter(None, [plan.without_data]),
+        ),
     )
 
 

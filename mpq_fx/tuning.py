@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from mpq_fx.binding import Binding
 from mpq_fx.clock import ANNOUNCE
@@ -24,6 +24,7 @@ from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.loss import Loss, Source, inputs_of
 from mpq_fx.measure import rerun
+from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
 
@@ -50,7 +51,7 @@ def tune_model(  # noqa: PLR0913 -- the arguments of tune
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
-        _progress(progress) as bar,
+        progress_bar(progress) as bar,
         # What is compiled in inference mode runs in no other; a loss needs gradients later.
         torch.inference_mode() if loss is None else torch.no_grad(),
     ):
@@ -96,11 +97,6 @@ def _observe(
         call(compiled, batch)
     else:
         source.note(index, call(compiled, inputs_of(source.model, batch)), own())
-
-
-def _progress(is_shown: bool) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, transient=True, disable=not is_shown)
 
 
 def _announced(

@@ -41,7 +41,10 @@ class Diagnosis:
 
 
 def explain(problem: Problem, *, time_limit: float = 10.0) -> InfeasibleError:
-    """The error to raise for a problem whose budgets no plan meets."""
+    """The error to raise for a problem whose budgets no plan meets, or none but excluded ones."""
+    if problem.excluded:
+        known = len(problem.excluded)
+        return InfeasibleError(f"no plan meets the budgets but {known} that are excluded")
     found = diagnose(problem, time_limit=time_limit)
     named = " and ".join(f"{n} <= {problem.budgets[n]:g}" for n in found.conflict)
     together = " together" if len(found.conflict) > 1 else ""

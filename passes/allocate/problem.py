@@ -27,7 +27,8 @@ class Problem:
 
     quantity(a) = Σ_u table[u, a(u)] + Σ coupling[u, a(u), v, a(v)].  The quantity "error" has the
     table `error` and the couplings `pairs`; a resource has `resources[name]` and `edges[name]`.
-    All units of a tie take the same option, one that each of them offers.  Checked when built.
+    All units of a tie take the same option, one that each of them offers.  Whole assignments that
+    are `excluded` are no answer: what is known of them came from elsewhere.  Checked when built.
     """
 
     options: Mapping[str, tuple[str, ...]]
@@ -39,6 +40,7 @@ class Problem:
     budgets: Mapping[str, float] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     forced: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -129,11 +131,12 @@ def values_of(problem: Problem, assignment: Mapping[str, str]) -> dict[str, floa
 
 
 def is_feasible(problem: Problem, assignment: Mapping[str, str]) -> bool:
-    """One offered option per unit, ties equal, forced kept, every budget met."""
+    """One offered option per unit, ties equal, forced kept, every budget met, not excluded."""
     offered = all(assignment.get(u) in offers for u, offers in problem.options.items())
     tied = all(len({assignment.get(u) for u in tie}) <= 1 for tie in problem.ties)
     kept = all(assignment.get(u) == o for u, o in problem.forced.items())
-    return offered and tied and kept and meets(problem, problem.budgets, assignment)
+    fits = offered and tied and kept and meets(problem, problem.budgets, assignment)
+    return fits and dict(assignment) not in problem.excluded
 
 
 def meets(problem: Problem, limits: Mapping[str, float], assignment: Mapping[str, str]) -> bool:
@@ -190,6 +193,7 @@ def _check_names(problem: Problem) -> None:
     _refuse_unknown("edges", problem.edges, tuple(problem.resources))
     _refuse_unknown("ties", (u for tie in problem.ties for u in tie), problem.options)
     _refuse_unknown("forced", problem.forced, problem.options)
+    _refuse_unknown("excluded", (u for plan in problem.excluded for u in plan), problem.options)
 
 
 def _refuse_unknown(role: str, names: Iterable[str], known: Iterable[str]) -> None:
