@@ -29,13 +29,13 @@ from mpq_fx.formats import ROW, Format, Int
 from mpq_fx.graph import placeholders
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.allocate import Problem, is_feasible
+from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
 from mpq_fx.passes.analyze.cost import latency
 from mpq_fx.passes.analyze.metric import Record, Task
 from mpq_fx.passes.analyze.ranking import measured
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.plugins import add
-from mpq_fx.search import REFINE_ROUNDS
 
 FILE = Path(__file__).parents[1] / "docs" / "benchmarks" / "allocation.json"
 BITS = (2, 3, 4, 5, 6, 8)

@@ -14,7 +14,7 @@ from functools import partial
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate import Problem, Solution, cp_sat, is_feasible, value_of
 from mpq_fx.passes.allocate.refine import Tried, best_of, refined
-from mpq_fx.search import REFINE_ROUNDS
+from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
 
 Assignment = dict[str, str]
 Allocator = Callable[[Problem], "Assignment | None"]

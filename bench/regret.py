@@ -25,10 +25,10 @@ from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate import Problem, is_feasible
+from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
 from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.ranking import measured
-from mpq_fx.search import REFINE_ROUNDS
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the way from the cheapest plan to the dearest
 NAMES = ("int4*bfloat16", "int8/dynamic", "bfloat16", "int8*uint8_tensor/static", "float32")

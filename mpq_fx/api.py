@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], float]
+Loss = Callable[[Any, Any], Tensor]  # output, batch -> a scalar
 
 
-def tune(
+def tune(  # noqa: PLR0913 -- each is the user's
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
     metric: Metric | None = None,
     max_drop: float | None = None,
+    loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -38,9 +40,12 @@ def tune(
     A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); `mpq_fx.synthetic`
     makes some without data, and the plan then says so.  With `metric` (a function of a model,
     higher is better) the plan loses at most the share `max_drop` of the float model's value, which
-    takes the place of the tolerance.  The model itself is left as it was.
-    Raises CalibrationError for no batch and for a model that is not deterministic, InfeasibleError
-    for budgets that cannot be met.
+    takes the place of the tolerance.  With `loss`, loss(output, batch) -> a scalar tensor,
+    sensitivity="interlayer_loss" asks how much each choice raises it; what the forward does not
+    take of a batch, such as labels, is left for the loss.  The model itself is left as it was.
+    Raises CalibrationError for no batch, for a loss that is not finite and for a model that is not
+    deterministic, ConfigError for a loss that does not depend on the output, InfeasibleError for
+    budgets that cannot be met.
     """
     from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
@@ -54,6 +59,7 @@ def tune(
         given,
         metric=metric,
         max_drop=max_drop,
+        loss=loss,
         config=config or Config(),
         progress=progress,
     )
@@ -64,6 +70,7 @@ def pareto(
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
+    loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
 ) -> Front:
@@ -75,7 +82,7 @@ def pareto(
     """
     from mpq_fx.front import front_of
 
-    return front_of(tune(model, batches, config=config, progress=progress))
+    return front_of(tune(model, batches, loss=loss, config=config, progress=progress))
 
 
 def apply(

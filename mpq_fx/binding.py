@@ -48,6 +48,7 @@ class Binding:
     parameters: tuple[weakref.ref[Tensor], ...]
     site_names: Mapping[str, str] = field(default_factory=dict)  # in the graph -> in the model
     records: list[tuple[Any, ...]] = field(default_factory=list)
+    losses: tuple[Callable[..., Any], ...] = ()  # of the outputs of each record, in `tune`
     calls: int = 0
     plan: Plan | None = None
     reason: str = "observing"  # why this runs in float; "" once installed
@@ -84,11 +85,11 @@ class Binding:
         values = self.values()
         self.watch = Watch([values[name] for name in self.watched])
         self.installed, self.plan, self.reason = installed, plan, ""
-        self.records = []
+        self.records, self.losses = [], ()
 
     def keep_float(self, reason: str, plan: Plan | None = None) -> None:
         self.installed, self.reason, self.records = None, reason, []
-        self.plan = plan
+        self.plan, self.losses = plan, ()
 
     def freshen(self, parameters: Sequence[Tensor]) -> list[str]:
         """Recompute the constants of weights that changed; the cheap check of every call."""

@@ -21,7 +21,8 @@ from mpq_fx.errors import ConfigError, MpqError
 if TYPE_CHECKING:
     from mpq_fx.report import Report
 
-NOT_TUNED = ("formats", "plan", "release")  # a mapping has its own option; the others come later
+# A mapping has its own option, and so has a loss; the others come later.
+NOT_TUNED = ("formats", "plan", "release", "loss")
 MIN_WIDTH = 80
 SYNTHETIC_METHODS = {  # of mpq_fx.synthetic, each with a shape
     "distilled": "32x3x224x224",
@@ -120,6 +121,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--metric", help="module:function of a model; higher is better.")
 @click.option("--max-drop", type=float, help="Largest relative drop of the metric.")
+@click.option("--loss", help="module:function of an output and its batch, for interlayer_loss.")
 @click.option(
     "--formats",
     "formats",
@@ -132,7 +134,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_obj
 def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
     """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
-    metric, max_drop = given.pop("metric"), given.pop("max_drop")
+    metric, max_drop, loss = (given.pop(name) for name in ("metric", "max_drop", "loss"))
     batches, synthetic = given.pop("batches"), given.pop("synthetic")
     config = Config.from_options({**given, "formats": _rules(formats)})
     net, inputs = _made(model, batches, _recipe(synthetic, batches), progress=not quiet)
@@ -145,6 +147,7 @@ def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **g
         inputs,
         metric=metric and _load(metric),
         max_drop=max_drop,
+        loss=loss and _load(loss),
         config=config,
         progress=not quiet,
     )

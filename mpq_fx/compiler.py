@@ -28,6 +28,7 @@ from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
 from mpq_fx.passes import METRICS, canonicalization, target_named
 from mpq_fx.passes.allocate import SEARCHES, SOLVERS
+from mpq_fx.passes.analyze.metric import LossMetric
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.plan import load
@@ -132,7 +133,8 @@ def welcome(
     root = naming_root(binding, frame)
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
-    plan = config.plan or donor(graph, binding, all_bindings())
+    # A loss is asked for a plan of its own, whatever runs on these weights already.
+    plan = config.plan or (None if config.loss else donor(graph, binding, all_bindings()))
     if not isinstance(plan, Plan) or binding.reason != OBSERVING:
         return
     try:
@@ -151,10 +153,25 @@ def welcome(
 def check_names(config: Config) -> None:
     """What plug-ins may add to is known by now, and an unknown name refused before any work."""
     target_named(config.target)
-    METRICS.named(config.sensitivity)
+    check_loss(config)
     SOLVERS.named(config.solver)
     if reasons := "; ".join(SEARCHES.named(config.search).refuse(config)):
         raise ConfigError(f"search={config.search!r} {reasons}", fix='search="solver" does it all')
+
+
+def check_loss(config: Config) -> None:
+    """A loss is given if and only if the metric asks it."""
+    is_asked = isinstance(METRICS.named(config.sensitivity), LossMetric)
+    if is_asked and not config.loss:
+        raise ConfigError(
+            f"sensitivity={config.sensitivity!r} needs a loss, and none was given",
+            fix="mpq_fx.tune(model, batches, loss=f), with f(output, batch) -> a scalar tensor",
+        )
+    if config.loss and not is_asked:
+        raise ConfigError(
+            f"a loss was given, and sensitivity={config.sensitivity!r} does not ask it",
+            fix='mpq_fx.Config(sensitivity="interlayer_loss")',
+        )
 
 
 def loaded(config: Config) -> Config:

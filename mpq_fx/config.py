@@ -42,6 +42,7 @@ class Config:
     on_error: str = "raise"  # or "float"
     cache_dir: str | Path | None = None  # measured latencies; default: user cache
     release: bool = field(default=False, repr=False)  # set by apply(release=True)
+    loss: bool = field(default=False, repr=False)  # set by tune(loss=...)
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, OBJECTIVES)
@@ -146,6 +147,11 @@ def _check_conflicts(config: Config) -> None:
         raise ConfigError(
             "objective='error' without a budget is the float model itself",
             fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
+        )
+    if not isinstance(config.loss, bool):
+        raise ConfigError(
+            "a loss needs batches with what it is computed from, so it belongs to tune",
+            fix="mpq_fx.tune(model, batches, loss=f)",
         )
     if config.tolerance is None and config.objective == "latency" and not config.budgets:
         raise ConfigError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +18,23 @@ from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
+from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.analyze.activation_memory import Live, live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
-from mpq_fx.passes.analyze.metric import Metric, Task
+from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.randomness import check_repeatable
-from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
+from mpq_fx.passes.analyze.ranking import draw
+from mpq_fx.passes.analyze.ranking import measured as errors_of
+from mpq_fx.passes.analyze.replay import (
+    Replayer,
+    is_measurable,
+    replayer,
+    run_in,
+    worst_error,
+)
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
@@ -34,17 +43,19 @@ if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
 
 Record = Sequence[Any]
+T = TypeVar("T")
+PLANS = 4  # random ones that show whether a table of zeros is true
 ERROR_TABLE = 0.25  # share of the time budget after which no further call is measured
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Generic[T]):
     """The recorded calls, split: static ranges from `fit`, choices from `choose`, the error that is
     reported from `report`; with fewer than three calls the parts overlap and the plan says so."""
 
-    fit: tuple[Record, ...]
-    choose: tuple[Record, ...]
-    report: tuple[Record, ...]
+    fit: tuple[T, ...]
+    choose: tuple[T, ...]
+    report: tuple[T, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Measured:
     target: Target
     sites: tuple[Site, ...]  # with the sizes of a recorded call
     values: Mapping[str, Tensor]
-    parts: Parts
+    parts: Parts[Record]
     replay: Replayer
     proposal: Proposal
     observed: Mapping[str, Observed]
@@ -85,19 +96,21 @@ def measure(
         traced = trace(replay, first)
         references = (traced.outputs, *(replay.run(record, {}) for record in others))
         tied = ties(graph, proposal)
+        check_outputs(references, graph.caches)
     with clock.stage("yardstick"):
         yardstick = bfloat16_error(graph, values, parts.choose, references)
-    task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
-    error = _error_table(METRICS.named(config.sensitivity), task, clock)
+    losses = split(binding.losses).choose if binding.losses else ()
+    task = Task(replay, proposal.options, parts.choose, tied, graph.caches, losses=losses)
+    errors = _error_tables(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
         sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
         float_ms = _float_ms(target, run_float, parts.choose[0])
-    tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
+    tables = {**errors, "latency": ms, **sizes(sites, proposal.options)}
     found = (target, sites, values, parts, replay, proposal, seen, references)
-    errors = (tolerance_of(config, yardstick), yardstick)
-    return Measured(*found, *errors, tables, float_ms, tied, graph.caches, live)
+    limits = (tolerance_of(config, yardstick), yardstick)
+    return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)
 
 
 def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
@@ -107,16 +120,23 @@ def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> 
     return milliseconds(lambda: run_float(*args))
 
 
-def _error_table(metric: Metric, task: Task, clock: Clock) -> Table:
-    """The metric's table; calls and sites that there was no time for are noted."""
+def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
+    """The metric's table, and of a loss the noise beside it; what is left out is noted."""
     with clock.stage("error table"):
-        error = metric(replace(task, deadline=clock.deadline(ERROR_TABLE)))
+        task = replace(task, deadline=clock.deadline(ERROR_TABLE))
+        if isinstance(metric, LossMetric):
+            error, noise = metric.measure(task)
+            found = {ERROR: error, NOISE: noise}
+        else:
+            error = metric(task)
+            found = {ERROR: error}
+    refuse_silent(error, task)
     calls = len(task.records)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):
         clock.cut(f"errors of {len(guessed)} sites are the median of other sites of their kind")
-    return error
+    return found
 
 
 def _proposal(
@@ -148,7 +168,7 @@ def rerun(
     return lambda args: replay.run(args, local)
 
 
-def split(records: Sequence[Record]) -> Parts:
+def split(records: Sequence[T]) -> Parts[T]:
     """Half of the calls to fit, a quarter each to choose and to report."""
     if not records:
         raise CalibrationError(
@@ -175,6 +195,32 @@ def check_finite(values: Mapping[str, Tensor], paths: Mapping[str, str]) -> None
                 f"the weight {paths.get(name, name)} holds NaN or inf",
                 fix="load a checkpoint whose weights are finite",
             )
+
+
+def check_outputs(references: Sequence[Sequence[Any]], excluded: frozenset[int]) -> None:
+    """Errors are relative to outputs: some number of theirs has to be finite and not zero."""
+    outputs = [y for each in references for k, y in enumerate(each) if k not in excluded]
+    if not any(bool((y.isfinite() & (y != 0)).any()) for y in outputs if is_measurable(y)):
+        raise CalibrationError(
+            "every output of the float model is zero or not finite on the recorded calls, so no "
+            "error can be measured",
+            fix="calibrate with inputs that the model responds to",
+        )
+
+
+def refuse_silent(table: Table, task: Task) -> None:
+    """A table of zeros is true only where plans change nothing; else all would look harmless."""
+    if task.count == 0 or any(table.values.values()) or any(table.pairs.values()):
+        return
+    task = replace(task, records=task.records[:1])
+    largest = max(errors_of(task, [draw(task, seed) for seed in range(PLANS)]))
+    if largest > 0.0:
+        raise CalibrationError(
+            f"{table.metric} finds no harm in any choice, though random plans have errors of up "
+            f"to {largest:.3g}: it does not apply to these outputs, or gradients vanish (rounding "
+            "and detach() in the model stop them)",
+            fix='sensitivity="measured"',
+        )
 
 
 def static_formats(proposal: Proposal) -> list[Any]:

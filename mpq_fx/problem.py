@@ -2,6 +2,7 @@
 
 tolerance    Σ noise power        ≤ tolerance² · scale   (scale from the bisection on measured
 error)
+             of a loss also Σ noise power of the singles: rises may cancel, errors remain
 max_latency  rest + Σ ms          ≤ ms of a call          rest = what no site accounts for
 max_size     rest + Σ bytes       ≤ bytes
 max_bits     Σ share of mean bits ≤ mean bits
@@ -18,7 +19,7 @@ from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Table
 from mpq_fx.passes.allocate import Problem, diagnose
 from mpq_fx.passes.allocate.infeasible import OPTION
-from mpq_fx.passes.allocate.problem import ERROR
+from mpq_fx.passes.allocate.problem import ERROR, NOISE
 
 RESOURCES = {"max_latency": "latency", "max_size": "size", "max_bits": "bits", "max_bops": "bops"}
 UNIT = {"max_latency": " ms", "max_size": " bytes"}
@@ -54,14 +55,16 @@ def problem(
     options: dict[str, tuple[str, ...]] = {}
     for unit, option in tables["error"].values:
         options[unit] = (*options.get(unit, ()), option)
-    resources = {name: dict(tables[name].values) for name in RESOURCES.values() if name in tables}
+    known = (*RESOURCES.values(), NOISE)
+    resources = {name: dict(tables[name].values) for name in known if name in tables}
     limits = {
         RESOURCES[name]: value - _reachable(name, value, fixed(tables, baseline, RESOURCES[name]))
         for name, value in budgets.items()
         if name in RESOURCES
     }
     if "tolerance" in budgets:
-        limits[ERROR] = budgets["tolerance"] ** 2 * scale
+        both = (ERROR, NOISE) if NOISE in tables else (ERROR,)
+        limits |= dict.fromkeys(both, budgets["tolerance"] ** 2 * scale)
     return Problem(
         options=options,
         error=dict(tables["error"].values),
@@ -100,7 +103,7 @@ def in_user_units(
     value: float,
 ) -> float:
     """A sum over units -> the whole model: error = √(Σ noise power / scale), others + the fixed."""
-    if name == ERROR:
+    if name in (ERROR, NOISE):
         return math.sqrt(max(value, 0.0) / scale)
     return value + fixed(tables, baseline, name)
 
@@ -112,17 +115,18 @@ def unreachable(asked: Problem, convert: Callable[[str, float], float]) -> Infea
     def said(name: str, value: float) -> str:
         return words(OPTION[name], convert(name, value))
 
-    lines = ["no plan meets " + " and ".join(said(n, asked.budgets[n]) for n in found.conflict)]
+    asking = dict.fromkeys(said(n, asked.budgets[n]) for n in found.conflict)
+    lines = ["no plan meets " + " and ".join(asking)]
     for name in found.conflict:
         reachable = [said(name, found.alone[name])]
         if len(asked.budgets) > 1 and found.kept[name] < math.inf:
             reachable.append(said(name, found.kept[name]) + " with the other budgets kept")
         lines.append("    within reach: " + ", ".join(reachable))
-    grown = {
-        OPTION[n]: round_up(convert(n, at), digits=4)
-        for n, at in found.reachable.items()
-        if at > asked.budgets[n]
-    }
+    grown: dict[str, float] = {}
+    for n, at in found.reachable.items():
+        if at > asked.budgets[n]:
+            enough = round_up(convert(n, at), digits=4)
+            grown[OPTION[n]] = max(enough, grown.get(OPTION[n], 0.0))
     fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
     return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
 

@@ -17,7 +17,7 @@ from mpq_fx.errors import ConfigError, InfeasibleError, PlanError
 from mpq_fx.facts import INDUCTOR, Plan, Row, SolverFacts
 from mpq_fx.passes.allocate.cp_sat import solve
 from mpq_fx.passes.allocate.frontier import frontier as non_dominated
-from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution
+from mpq_fx.passes.allocate.problem import ERROR, NOISE, Problem, Solution, values_of
 from mpq_fx.problem import (
     RESOURCES,
     in_user_units,
@@ -69,15 +69,33 @@ def trade_offs(
 ) -> tuple[Solution, ...]:
     """The plans on the frontier of `resource` and predicted error, cheapest first."""
     _check_tables(plan)
-    if resource not in plan.tables or resource == ERROR:
-        valid = [name for name in plan.tables if name != ERROR]
+    if resource not in plan.tables or resource in (ERROR, NOISE):
+        valid = [name for name in plan.tables if name not in (ERROR, NOISE)]
         raise ConfigError(
             f"{resource!r} is not a resource of this plan", fix=nearest(resource, valid)
         )
     budgets = {
         n: v for n, v in plan.budgets.items() if n != "tolerance" and RESOURCES[n] != resource
     }
-    return non_dominated(_problem(plan, plan.objective, budgets), resource, points, time_limit)
+    asked = _problem(plan, plan.objective, budgets)
+    if NOISE not in plan.tables:
+        return non_dominated(asked, resource, points, time_limit)
+    found = non_dominated(_by_noise(asked), resource, points, time_limit)
+    kept: list[Solution] = []
+    for each in found:
+        whole = replace(each, values=values_of(asked, each.assignment))
+        if not kept or _error(plan, whole) < _error(plan, kept[-1]):
+            kept.append(whole)
+    return tuple(kept)
+
+
+def _by_noise(asked: Problem) -> Problem:
+    """error <- noise, which ends at float; a sum with rises may cancel, and end anywhere."""
+    return replace(asked, error=asked.resources[NOISE], pairs={})
+
+
+def _error(plan: Plan, solution: Solution) -> float:
+    return predicted(plan, solution.values)[ERROR]
 
 
 def point_of(plan: Plan, resource: str, solution: Solution) -> dict[str, Any]:
@@ -90,9 +108,14 @@ def point_of(plan: Plan, resource: str, solution: Solution) -> dict[str, Any]:
 
 
 def predicted(plan: Plan, values: Mapping[str, float]) -> dict[str, float]:
-    """Sums over units -> the whole model: error = √(Σ noise power / scale), others + the fixed."""
+    """Sums over units -> the whole model: error = √(Σ noise power / scale), others + the fixed.
+
+    Of a loss and its noise the larger is the error: the tolerance that admits both.
+    """
     convert = _units(plan)
-    return {name: convert(name, value) for name, value in values.items()}
+    found = {name: convert(name, value) for name, value in values.items()}
+    noise = found.pop(NOISE, 0.0)
+    return {**found, ERROR: max(found[ERROR], noise)}
 
 
 def _units(plan: Plan) -> Callable[[str, float], float]:

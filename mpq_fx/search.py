@@ -16,8 +16,7 @@ from mpq_fx.errors import InfeasibleError, PluginError
 from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SEARCHES, SOLVERS, Candidate, Evaluator, Problem, Solution
-from mpq_fx.passes.allocate.problem import ERROR
-from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS as REFINE_ROUNDS  # benchmarks count them
+from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
 from mpq_fx.passes.analyze.mixture import Mixture, mixed
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
@@ -90,7 +89,7 @@ def float_baseline(measured: Measured) -> dict[str, float]:
     sums = {
         name: sum(table.values[key] for key in first.items())
         for name, table in measured.tables.items()
-        if name != "error"
+        if name not in (ERROR, NOISE)
     }
     weights = {site.weight for site in measured.sites}
     others = sum(

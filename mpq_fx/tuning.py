@@ -15,12 +15,14 @@ from rich.progress import Progress
 
 from mpq_fx.binding import Binding
 from mpq_fx.clock import ANNOUNCE
+from mpq_fx.compiler import check_loss
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+from mpq_fx.loss import Loss, Source, inputs_of
 from mpq_fx.measure import rerun
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
@@ -31,46 +33,70 @@ Metric = Callable[[torch.nn.Module], Any]
 UNLIMITED = 1 << 30  # calibration calls that no caller reaches: `tune` decides when to solve
 
 
-def tune_model(
+def tune_model(  # noqa: PLR0913 -- the arguments of tune
     model: torch.nn.Module,
     batches: Sequence[Any],
     *,
     metric: Metric | None,
     max_drop: float | None,
+    loss: Loss | None,
     config: Config,
     progress: bool,
 ) -> Plan:
     """See mpq_fx.tune."""
-    from mpq_fx.api import call
-
     _check(model, batches, metric, max_drop)
+    observing = replace(config, calibration_calls=UNLIMITED, plan=None, loss=loss is not None)
+    check_loss(observing)
     ROOTS.add(model)
-    observing = replace(config, calibration_calls=UNLIMITED, plan=None)
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
         progress_bar(progress) as bar,
-        torch.inference_mode(),
+        # What is compiled in inference mode runs in no other; a loss needs gradients later.
+        torch.inference_mode() if loss is None else torch.no_grad(),
     ):
-        for batch in bar.track(batches, description="observing"):
-            call(compiled, batch)
+        source = Source(loss, model, compiled, batches) if loss else None
+        for index, batch in enumerate(bar.track(batches, description="observing")):
+            _observe(compiled, index, batch, source, lambda: _own(model, observing))
         standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
         if standard:
             standard.reach()
         found = _own(model, observing)
+        if source is not None:
+            source.hand_over(found)
         for lifecycle, binding in _announced(bar, found):
             if not _is_covered(binding, found):
                 lifecycle.finalize(binding, standard.judge(binding) if standard else None)
         if standard:
             standard.verify(found)
-        plans = distinct(binding.plan for _, binding in found)
-        if not plans:
-            reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
-            raise CalibrationError(
-                f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
-                fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
-            )
-        return merged(plans)
+        return _planned(model, found)
+
+
+def _planned(model: torch.nn.Module, found: Sequence[tuple[Lifecycle, Binding]]) -> Plan:
+    plans = distinct(binding.plan for _, binding in found)
+    if not plans:
+        reasons = sorted({b.reason for _, b in found}) or ["no graph with a site was captured"]
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
+            fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
+        )
+    return merged(plans)
+
+
+def _observe(
+    compiled: Any,
+    index: int,
+    batch: Any,
+    source: Source | None,
+    own: Callable[[], Sequence[tuple[Lifecycle, Binding]]],
+) -> None:
+    """Call the model with a batch; with a loss, see what it says and which graph ran."""
+    from mpq_fx.api import call
+
+    if source is None:
+        call(compiled, batch)
+    else:
+        source.note(index, call(compiled, inputs_of(source.model, batch)), own())
 
 
 def _announced(

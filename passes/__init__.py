@@ -19,6 +19,7 @@ from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalue_spread, 
 from mpq_fx.passes.analyze.metrics.hessian_trace import hessian_trace
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian
 from mpq_fx.passes.analyze.metrics.interlayer_kl import interlayer_kl
+from mpq_fx.passes.analyze.metrics.interlayer_loss import interlayer_loss
 from mpq_fx.passes.analyze.metrics.kl_singles import kl_singles
 from mpq_fx.passes.analyze.metrics.local_error import local_error
 from mpq_fx.passes.analyze.metrics.masked import masked
@@ -67,6 +68,7 @@ METRICS: Catalog[Metric] = Catalog(
         "measured": measured_singles,
         "interlayer_hessian": interlayer_hessian,
         "interlayer_kl": interlayer_kl,
+        "interlayer_loss": interlayer_loss,
         "measured_pairs": measured_pairs,
         "block_pairs": block_pairs,
         "projected_pairs": projected_pairs,

@@ -38,9 +38,11 @@ def frontier(
     share = time_limit / (2 * points)
     cheap = replace(problem, budgets=kept, objective=(resource, ERROR))
     exact = replace(problem, budgets=kept, objective=(ERROR, resource))
-    left = solve(cheap, time_limit=share)
+    # Pairs may take all the time, so that there is no plan without one to begin with.
+    first = {unit: offers[0] for unit, offers in problem.options.items()}
+    left = solve(cheap, time_limit=share, hint=first)
     near = solve(replace(exact, pairs={}), time_limit=share, hint=left.assignment)
-    right = solve(exact, time_limit=share, hint=near.assignment)  # a plan, however short the time
+    right = solve(exact, time_limit=share, hint=near.assignment)
     found = [left, right]
     gaps = [_Gap(left, right, left.values[resource], right.values[resource])]
     for _ in range(2 * points - 2):

@@ -10,11 +10,12 @@ from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate.exact import Form, form_of
 from mpq_fx.passes.allocate.minimize import Level, Search, minimize
 from mpq_fx.passes.allocate.model import Clock
-from mpq_fx.passes.allocate.problem import ERROR, TOLERANCE, Problem, within
+from mpq_fx.passes.allocate.problem import ERROR, NOISE, TOLERANCE, Problem, within
 
 # The option that a user types for a budget; an error budget is a noise power, its option the root.
 OPTION = {
     ERROR: "tolerance",
+    NOISE: "tolerance",
     "latency": "max_latency",
     "size": "max_size",
     "bits": "max_bits",
@@ -105,7 +106,7 @@ def _fix(problem: Problem, found: Diagnosis) -> str:
 
 def _option(budgets: Mapping[str, float]) -> str:
     typed = (
-        f'"{OPTION.get(n, n)}": {_up(math.sqrt(max(at, 0.0)) if n == ERROR else at):g}'
+        f'"{OPTION.get(n, n)}": {_up(math.sqrt(max(at, 0.0)) if n in (ERROR, NOISE) else at):g}'
         for n, at in budgets.items()
     )
     return "options={" + ", ".join(typed) + "}"

@@ -13,6 +13,7 @@ from typing import Literal
 from mpq_fx.errors import ConfigError
 
 ERROR = "error"
+NOISE = "noise"  # beside an error that may be negative: a resource within the same budget
 TOLERANCE = 1e-9  # relative: sums of the same floats in another order must not decide feasibility
 
 Single = Mapping[tuple[str, str], float]

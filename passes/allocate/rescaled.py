@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from mpq_fx.errors import InfeasibleError
-from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution, value_of
+from mpq_fx.passes.allocate.problem import ERROR, NOISE, Problem, Solution, value_of
 from mpq_fx.passes.allocate.refine import Tried, best_of, refined
 from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search
 
@@ -47,13 +47,28 @@ def rescaled(problem: Problem, evaluator: Evaluator) -> Candidate | None:
             start=evaluator.yardstick,
             is_past=evaluator.is_past,
         )
-    if best is None or evaluator.exponent != 2:
-        return best
+    best = best or _unchanged(problem, evaluator)
+    if best is None or evaluator.exponent != 2 or NOISE in problem.resources:
+        return best  # measured errors correct a table of errors, not one of a loss
     return _refined(problem, evaluator, best, tried)
 
 
 def _limited(problem: Problem, error_budget: float) -> Problem:
-    return replace(problem, budgets={**problem.budgets, ERROR: error_budget})
+    both = (ERROR, NOISE) if NOISE in problem.resources else (ERROR,)
+    return replace(problem, budgets={**problem.budgets, **dict.fromkeys(both, error_budget)})
+
+
+def _unchanged(problem: Problem, evaluator: Evaluator) -> Candidate | None:
+    """The float model, unless budgets forbid it: choices that alone change nothing, or make a loss
+    fall, need no predicted error, and may miss the tolerance together.
+    """
+    floats = {unit: offers[0] for unit, offers in problem.options.items()}
+    try:
+        found = evaluator.solve(replace(problem, forced=floats))
+    except InfeasibleError:
+        return None
+    error = evaluator.error(found.assignment)
+    return Candidate(found, error, 0.0) if error <= evaluator.limit else None
 
 
 def _refined(

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
+from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.replay import Replayer
 
@@ -21,6 +24,7 @@ Unit = tuple[str, ...]  # sites that change together
 Kind = tuple[str, ...]
 Key = tuple[str, str]  # site, name of a choice
 IsWanted = Callable[[Unit], bool]  # is there time for a unit?
+OutputLoss = Callable[[Sequence[Any]], Tensor]  # outputs of a call -> the user's loss of them
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Task:
     ties: Sequence[Unit] = ()  # sites that share a choice in every plan
     excluded: frozenset[int] = frozenset()  # outputs that are caches, and no part of the error
     deadline: float = float("inf")  # a time.monotonic(); past it a metric stops early and says so
+    losses: Sequence[OutputLoss] = ()  # of each record, where the user gave a loss
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -69,6 +74,22 @@ class Task:
 
 
 Metric = Callable[[Task], Table]
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """A metric that asks the user's loss: only `tune(loss=...)` can fill `Task.losses`.
+
+    `measure` gives rises of the loss, which may be negative, and the noise powers of the same
+    singles: a loss does not tell how large an error is, and a tolerance is about that.
+    """
+
+    measure: Callable[[Task], tuple[Table, Table]]
+
+    def __call__(self, task: Task) -> Table:
+        return self.measure(task)[0]
+
+
 # What a metric says of one recorded call: (unit, choice, noise power of this single alone).
 Each = Callable[[Record, IsWanted], Iterator[tuple[Unit, Choice, float]]]
 
@@ -87,11 +108,23 @@ def averaged(metric: str, task: Task, each: Each, *, forward_passes: float) -> T
     for record in _in_time(task, begin):
         measured: set[Unit] = set()
         for unit, choice, power in each(record, wanted):
+            _refuse_infinite(metric, task, unit, choice, power)
             measured.add(unit)
             for site in unit:
                 powers.setdefault((site, choice.name), []).append(power / len(unit))
         used, wanted = used + 1, measured.__contains__
     return _table(metric, task, powers, used, begin, forward_passes)
+
+
+def _refuse_infinite(metric: str, task: Task, unit: Unit, choice: Choice, power: float) -> None:
+    if not math.isfinite(power):
+        site = next(site for site in task.replay.sites.values() if site.name == unit[0])
+        raise CalibrationError(
+            f"{metric} finds {power} for a {site.op} in {choice.name}: an output or a gradient of "
+            "a recorded call is not finite",
+            at=" ".join(filter(None, (site.path or site.name, site.source))),
+            fix='leave such calls out, or sensitivity="measured", which asks no gradient',
+        )
 
 
 def _in_time(task: Task, begin: float) -> Iterator[Record]:
@@ -158,13 +191,12 @@ def _table(
 ) -> Table:
     means = {key: sum(seen) / len(seen) for key, seen in powers.items()}
     spread = {key: max(seen) - min(seen) for key, seen in powers.items()}
-    floats = {(site, kept[0].name): 0.0 for site, kept in task.options.items()}
     guesses = _estimated(task, means)
     return Table(
         metric,
         "noise_power",
-        {**floats, **guesses, **means},
-        spread={**floats, **spread},
+        filled(task, means),
+        spread={**_floats(task), **spread},
         provenance={
             "records": used,
             "of": len(task.records),
@@ -173,6 +205,15 @@ def _table(
             "estimated": sorted({site for site, _ in guesses}),
         },
     )
+
+
+def filled(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:
+    """Zeros for float, and guesses for what was not measured."""
+    return {**_floats(task), **_estimated(task, means), **means}
+
+
+def _floats(task: Task) -> dict[Key, float]:
+    return {(site, kept[0].name): 0.0 for site, kept in task.options.items()}
 
 
 def _estimated(task: Task, means: Mapping[Key, float]) -> dict[Key, float]:

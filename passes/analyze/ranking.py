@@ -47,10 +47,15 @@ def measured(task: Task, plans: Sequence[Plan]) -> list[float]:
 
 def predicted(table: Table, plan: Plan) -> float:
     """√ (Σ noise of singles + Σ pairs)"""
+    return max(power(table, plan), 0.0) ** 0.5
+
+
+def power(table: Table, plan: Plan) -> float:
+    """Σ noise of singles + Σ pairs; negative where signed terms say that a plan gains."""
     keys = {(site, choice.name) for site, choice in plan.items()}
-    power = sum(table.values[key] for key in keys)
-    power += sum(p for (u, c, v, d), p in table.pairs.items() if {(u, c), (v, d)} <= keys)
-    return max(power, 0.0) ** 0.5
+    alone = sum(table.values[key] for key in keys)
+    pairs = table.pairs.items()
+    return alone + sum(p for (u, c, v, d), p in pairs if {(u, c), (v, d)} <= keys)
 
 
 def agreement(table: Table, plans: Sequence[Plan], errors: Sequence[float]) -> Agreement:

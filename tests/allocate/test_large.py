@@ -14,6 +14,7 @@ from mpq_fx.passes.allocate import (
     Problem,
     brute_force,
     cp_sat,
+    frontier,
     is_feasible,
     lagrangian,
     value_of,
@@ -144,3 +145,24 @@ def test_every_solver_takes_the_same_arguments(name):
 def test_a_time_limit_of_nothing_is_refused(solve):
     with pytest.raises(ConfigError, match="time_limit"):
         solve(large(2, 2), time_limit=0.0)
+
+
+def test_a_frontier_without_time_to_search_has_a_plan():
+    """Few plans go to CP-SAT alone, which with pairs may have found none in a share of a second."""
+    source = random.Random(0)
+    units, options = [f"u{k}" for k in range(5)], ("a", "b", "c", "d", "e")
+    keys = [(u, o) for u in units for o in options]
+    problem = Problem(
+        options=dict.fromkeys(units, options),
+        error={key: source.random() for key in keys},
+        pairs={
+            (*one, *two): source.uniform(-1, 1)
+            for one, two in itertools.combinations(keys, 2)
+            if one[0] != two[0]
+        },
+        resources={"size": {(u, o): 5.0 - options.index(o) for u, o in keys}},
+        objective=("error",),
+    )
+    found = frontier(problem, "size", points=3, time_limit=1e-3)
+    assert found
+    assert all(is_feasible(problem, solution.assignment) for solution in found)

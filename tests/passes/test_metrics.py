@@ -39,7 +39,13 @@ DISTURBED = ("pruning", "taylor", "masked")
 
 def task_of(net: Subject, *choices: Choice, ties=()) -> Task:
     options = {site.name: (FLOAT, *choices) for site in net.sites}
-    return Task(net.replay(), options, net.calls, ties)
+    return Task(net.replay(), options, net.calls, ties, losses=losses_of(net))
+
+
+def losses_of(net: Subject):
+    """Of each call half the squared distance of the first output to the float one."""
+    targets = [net.replay().run(call, {})[0] for call in net.calls]
+    return [lambda outputs, y=y: (outputs[0] - y).square().sum() / 2 for y in targets]
 
 
 def branches(x, first, second, third):
@@ -106,7 +112,7 @@ def test_a_metric_gives_the_same_table_twice(net, name):
 def test_calls_in_inference_mode_are_measured_like_others(net, name):
     with torch.inference_mode():
         calls = tuple(tuple(x.clone() for x in call) for call in net.calls)
-    table = METRICS[name](Task(net.replay(), task_of(net, INT8).options, calls))
+    table = METRICS[name](replace(task_of(net, INT8), records=calls))
     wanted = METRICS[name](task_of(net, INT8))
     assert table.values == pytest.approx(wanted.values)
 

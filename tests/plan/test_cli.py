@@ -107,6 +107,7 @@ def test_tune_writes_a_plan(run, tuned, nets, small, tmp_path):
         "config": Config(tolerance=0.02, max_size="0.5x", objective="size"),
         "metric": None,
         "max_drop": None,
+        "loss": None,
         "progress": False,
     }
     assert done.stdout.startswith("plan.json: error 0.009 of 0.01 allowed")
@@ -136,6 +137,14 @@ def test_tune_takes_batches_metric_and_formats(run, tuned, nets):
     assert given["max_drop"] == 0.01
     assert given["config"].formats == {"enc.*": ("int8", "bfloat16"), "head": ("float32",)}
     assert given["progress"] is True
+
+
+def test_tune_takes_a_loss_and_the_metric_that_asks_it(run, tuned, nets):
+    asked = ("--loss", "nets:score", "--sensitivity", "interlayer_loss")
+    assert run("tune", "nets:both", "-o", "p.json", *asked).exit_code == 0
+    ((_, _, given),) = tuned
+    assert given["loss"] is nets.score
+    assert given["config"].sensitivity == "interlayer_loss"
 
 
 def test_tune_takes_batches_that_are_no_function(run, tuned, nets):

@@ -91,10 +91,19 @@ def gram_of(rows: Sequence[Tensor]) -> Tensor:
 def pairs_of(gram: Tensor, keys: Sequence[Key], numbers: int) -> dict[Pair, float]:
     """{(u, c, v, d): 2 ⟨e(u, c), e(v, d)⟩} for u before v, where it is more than chance."""
     norms = gram.diagonal().sqrt()
-    least = SIGNIFICANT / max(1, min(numbers, WIDTH)) ** 0.5 * norms[:, None] * norms
-    rows, columns = torch.nonzero(torch.triu(gram.abs() > least, 1), as_tuple=True)
+    return pairs_above(chance(2.0 * norms[:, None] * norms, numbers), 2.0 * gram, keys)
+
+
+def chance(products: Tensor, numbers: int) -> Tensor:
+    """The largest inner products likely of unrelated errors, from the products of their norms."""
+    return SIGNIFICANT / max(1, min(numbers, WIDTH)) ** 0.5 * products
+
+
+def pairs_above(least: Tensor, terms: Tensor, keys: Sequence[Key]) -> dict[Pair, float]:
+    """{(u, c, v, d): term} of two units, u before v, where it is more than the least."""
+    rows, columns = torch.nonzero(torch.triu(terms.abs() > least, 1), as_tuple=True)
     return {
-        (*keys[i], *keys[j]): 2.0 * float(gram[i, j])
+        (*keys[i], *keys[j]): float(terms[i, j])
         for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
         if keys[i][0] != keys[j][0]
     }

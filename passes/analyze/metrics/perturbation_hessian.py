@@ -35,7 +35,7 @@ def perturbation_hessian(task: Task) -> Table:
         for here in reached(task, record, is_wanted):
             moved = push_forward(task.replay, here, torch.ones_like(here.y))
             found = pull_back(at, relative_cotangents(task, at, moved), [here.site])
-            weights |= {site: row_sums.abs() for site, row_sums in found.items()}
+            weights[here.site] = found.get(here.site, torch.zeros_like(here.y)).abs()
         units = {unit for unit in task.units if any(site in weights for site in unit)}
         for unit, choice in task.changes(units.__contains__):
             errors = local_errors(task.replay, at, unit, choice)

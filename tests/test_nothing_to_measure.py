@@ -1,0 +1,91 @@
+"""Dead outputs, gradients that vanish or are not finite: no metric calls that harmless."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mpq_fx
+from mpq_fx.errors import CalibrationError
+from tests.small import Net, batch
+
+
+class Dead(Net):
+    def forward(self, x):
+        return super().forward(x).abs().neg().relu()
+
+
+class Stepped(Net):
+    def forward(self, x):
+        return (8 * super().forward(x)).round()
+
+
+class Rooted(Net):
+    """The value is finite, the gradient is not."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + (y - y).sqrt()
+
+
+def plan(model, sensitivity):
+    asked = mpq_fx.Config(target="reference", tolerance=0.1, sensitivity=sensitivity)
+    given = [batch(seed) for seed in range(4)]
+    return mpq_fx.tune(model.eval(), given, config=asked, progress=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "measured", "fisher", "perturbation_hessian", "kl"])
+def test_a_model_whose_outputs_are_all_zero_is_refused(isolated, name):
+    with pytest.raises(CalibrationError, match="every output of the float model is zero"):
+        plan(Dead(), name)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_refused(isolated):
+    class Lost(Net):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    with pytest.raises(CalibrationError, match="zero or not finite on the recorded calls"):
+        plan(Lost(), "measured")
+
+
+GRADIENT = (
+    "fisher",
+    "fisher_elementwise",
+    "first_order",
+    "hessian_trace",
+    "hessian_eigenvalue",
+    "eigenvalue_spread",
+    "perturbation_hessian",
+    "relevance",
+)
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_that_vanish_are_refused_by_every_metric_that_asks_them(isolated, name):
+    with pytest.raises(CalibrationError, match="finds no harm in any choice") as caught:
+        plan(Stepped(), name)
+    assert caught.value.fix == 'sensitivity="measured"'
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_that_are_not_finite_are_refused_by_every_metric(isolated, name):
+    with pytest.raises(CalibrationError, match=r"finds (nan|inf) for a linear") as caught:
+        plan(Rooted(), name)
+    assert "measured" in caught.value.fix
+    assert "up" in caught.value.at or "down" in caught.value.at
+
+
+@pytest.mark.parametrize("model", [Stepped, Rooted])
+def test_metrics_without_gradients_plan_such_models(isolated, model):
+    assert plan(model(), "measured").errors
+
+
+def test_one_dead_output_beside_a_live_one_is_no_obstacle(isolated):
+    class Half(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.abs().neg().relu()
+
+    for name in ("measured", "perturbation_hessian", "fisher"):
+        assert plan(Half(), name).tables["error"].values
