@@ -13,11 +13,11 @@ from dataclasses import replace
 from statistics import fmean
 
 from mpq_fx.passes.allocate import lagrangian
+from mpq_fx.passes.allocate.groups import groups_of
 from mpq_fx.passes.allocate.ordered import Assignment, bisection, greedy, incremental_order
 from mpq_fx.passes.allocate.problem import (
     Problem,
     Solution,
-    groups_of,
     table_of,
     values_of,
 )

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep, row_of
+from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep
+from mpq_fx.passes.allocate.groups import is_agreed
+from mpq_fx.passes.allocate.joined import joined
 from mpq_fx.passes.allocate.messages import relax_pairs
 from mpq_fx.passes.allocate.model import WORK_PER_SECOND, Clock, Run, Task, run
 from mpq_fx.passes.allocate.problem import (
@@ -17,6 +19,7 @@ from mpq_fx.passes.allocate.problem import (
     value_of,
 )
 from mpq_fx.passes.allocate.relaxation import Relaxation, relax
+from mpq_fx.passes.allocate.rows import Row, row_of, rows_of
 
 # ortools 9.15 proved a wrong optimum in 1 of 3,439 random models with pairs whose coefficients had
 # 40 bits (other presolve settings fail on other models), and in none of 4,205 with 30 bits.
@@ -54,8 +57,9 @@ class Search:
         return value_of(self.problem, self.name, assignment)
 
     def best(self, plans: Iterable[Mapping[str, str] | None]) -> Mapping[str, str] | None:
-        """The cheapest of the plans that meet the limits in floats."""
-        good = [p for p in plans if p is not None and meets(self.problem, self.limits, p)]
+        """The cheapest of the plans that agree in links and meet the limits in floats."""
+        agreed = [p for p in plans if p is not None and is_agreed(self.problem, p)]
+        good = [p for p in agreed if meets(self.problem, self.limits, p)]
         return min(good, key=self.value, default=None)
 
 
@@ -104,12 +108,15 @@ def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level
 
 def _relaxed(search: Search, form: Form) -> Relaxation | None:
     """The relaxation, unless it would take longer than CP-SAT."""
-    if not form.is_coupled:
-        return relax(form, search.name, search.limits)
-    if math.prod(len(group.options) for group in form.groups) <= FEW:
+    count = math.prod(len(group.options) for group in form.groups)
+    if form.is_coupled and count <= FEW:
         return None
+    whole = joined(form)
+    if not form.is_coupled:
+        return whole.apart(relax(whole.form, search.name, search.limits))
     seconds = search.clock.limit * SHARE
-    return relax_pairs(form, search.name, search.limits, seconds=seconds)
+    found = relax_pairs(whole.form, search.name, search.limits, seconds=seconds)
+    return whole.apart(found)
 
 
 def _is_plan(form: Form, hint: Mapping[str, str]) -> bool:
@@ -126,20 +133,28 @@ def _task(
     up: bool = False,
 ) -> Task:
     """The integers of one run; what a known plan costs makes the objective's scale finer."""
-    quantities, limits = search.form.quantities, search.limits
+    form, limits = search.form, search.limits
     most = min(level.value, limits.get(search.name, math.inf))
-    goal = row_of(quantities[search.name], None if math.isinf(most) else most, bits=BITS)
-    rows = tuple(row_of(quantities[n], at, bits=BITS, up=up) for n, at in limits.items())
-    return Task(tuple(len(group.options) for group in search.form.groups), goal, rows, cuts, hints)
+    goal = rows_of(form.quantities[search.name], None if math.isinf(most) else most, bits=BITS)
+    rows = {name: _binding(form, name, at, up=up) for name, at in limits.items()}
+    sizes = tuple(len(group.options) for group in form.groups)
+    return Task(sizes, goal, rows, form.links, cuts, hints)
+
+
+def _binding(form: Form, name: str, limit: float, *, up: bool) -> tuple[Row, ...]:
+    """The rows of a limit that some plan exceeds."""
+    rows = (row_of(part, limit, bits=BITS, up=up) for part in form.quantities[name])
+    return tuple(row for row in rows if row.can_bind)
 
 
 def _learned(search: Search, level: Level, task: Task, found: Run) -> Level:
     """The level after a run: a better plan, a better bound, or the end of the search."""
-    scale = {n: row.scale for n, row in zip(search.limits, task.rows, strict=True)}
-    level = replace(level, scale={**scale, search.name: task.objective.scale})
+    goal = task.objective[0]
+    scale = {n: min(row.scale for row in rows) for n, rows in task.rows.items() if rows}
+    level = replace(level, scale={**scale, search.name: goal.scale})
     if found.outcome == "INFEASIBLE":
         return replace(level, bound=level.value, ended=True)
-    bound = max(level.bound, task.objective.bound(found.least))
+    bound = max(level.bound, goal.bound(found.least))
     plan = search.best([search.form.assignment(found.picks)] if found.picks else [])
     if plan is not None and search.value(plan) < level.value:
         level = replace(level, assignment=plan, value=search.value(plan))

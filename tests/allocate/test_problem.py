@@ -8,8 +8,9 @@ import pytest
 
 from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible, values_of
-from mpq_fx.passes.allocate.exact import Quantity, row_of
-from mpq_fx.passes.allocate.problem import groups_of
+from mpq_fx.passes.allocate.groups import groups_of
+from mpq_fx.passes.allocate.quantity import Quantity
+from mpq_fx.passes.allocate.rows import row_of
 
 OFFERS = {"a": ("w8", "w4"), "b": ("w8", "w4"), "c": ("w4", "w2")}
 KEYS = [(u, o) for u, offers in OFFERS.items() for o in offers]
