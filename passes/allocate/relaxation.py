@@ -117,10 +117,15 @@ def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
 
 
 def in_units(found: Relaxation, objective: Row) -> Relaxation:
-    """Integers of the objective's row -> the quantity's own unit."""
-    # The float error of a sum of terms >= 0 is far below 1e-12 of it; rows have integer values.
+    """Integers of the objective's row -> the quantity's own unit.
+
+    Rows have integer values, so that both the bound and what it is with an option are rounded up.
+    """
+    # The float error of a sum of terms >= 0 is far below 1e-12 of it.
     least = max(math.ceil(found.bound * (1 - 1e-12) - 1e-6), 0)
-    return Relaxation(objective.bound(least), found.picks, found.extra * objective.unit)
+    with_option = np.ceil((found.bound + found.extra) * (1 - 1e-12) - 1e-6)
+    extra = np.maximum(with_option - least, 0.0) * objective.unit
+    return Relaxation(objective.bound(least), found.picks, extra)
 
 
 def _search(arrays: Separable) -> Relaxation:
