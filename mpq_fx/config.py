@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 OBJECTIVES = ("latency", "size", "error")
 ON_ERROR = ("raise", "float")
 SEARCH = ("solver", "bisection", "greedy")
-RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops")
+RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops", "max_activation_memory")
+FLOOR = "min_bits"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Config:
     max_latency: float | str | None = None  # ms, or "0.5x" of float
     max_size: float | str | None = None  # bytes of weights, or "0.5x"
     max_bits: float | str | None = None  # mean bits over site weights, scales included
+    min_bits: float | str | None = None  # with max_bits: a window
     max_bops: float | str | None = None  # multiply-accumulates × bits × bits
+    max_activation_memory: float | str | None = None  # bytes between ops at the peak of a call
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     solver: str = "cp_sat"  # of the allocation problem
@@ -49,11 +52,12 @@ class Config:
         _one_of("on_error", self.on_error, ON_ERROR)
         _one_of("search", self.search, SEARCH)
         _check_tolerance(self.tolerance)
-        for name in RELATIVE_BUDGETS:
+        for name in (*RELATIVE_BUDGETS, FLOOR):
             _check_budget(name, getattr(self, name))
         _check_number("calibration_calls", self.calibration_calls, least=3, whole=True)
         _check_number("time_budget", self.time_budget, least=0.0)
         _check_conflicts(self)
+        _check_window(self)
         object.__setattr__(self, "formats", _as_rules("formats", self.formats))
         _check_names(self)
 
@@ -145,20 +149,30 @@ def _check_conflicts(config: Config) -> None:
             fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
         )
     named = [name for name in RELATIVE_BUDGETS if getattr(config, name) is not None]
+    named += [FLOOR] if config.min_bits is not None else []
     if config.search != "solver" and (named or config.tolerance is None):
         given = ", ".join(named) or "tolerance=None"
         raise ConfigError(
             f"search={config.search!r} knows a tolerance and no other budget, and there is {given}",
             fix='search="solver", or a tolerance alone',
         )
-    if (
-        config.tolerance is None
-        and config.objective == "latency"
-        and all(getattr(config, n) is None for n in RELATIVE_BUDGETS)
-    ):
+    if config.tolerance is None and config.objective == "latency" and not named:
         raise ConfigError(
             "tolerance=None with objective='latency' allows any error at all",
             fix='name a tolerance: options={"tolerance": 0.05}',
+        )
+
+
+def _check_window(config: Config) -> None:
+    """Two numbers, or two shares: what is a share of float is not known yet."""
+    low, high = config.min_bits, config.max_bits
+    if low is None or high is None or isinstance(low, str) != isinstance(high, str):
+        return
+    least, most = budget(low, 1.0), budget(high, 1.0)
+    if least is not None and most is not None and least > most:
+        raise ConfigError(
+            f"min_bits={low!r} is above max_bits={high!r}: no mean lies between",
+            fix=f'options={{"min_bits": {high!r}}} or less',
         )
 
 

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mpq_fx.activation_memory import contenders
 from mpq_fx.binding import Binding, fresh
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
-from mpq_fx.facts import Choice, Site, Table
+from mpq_fx.facts import Choice, Live, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
-from mpq_fx.passes.analyze.activation_memory import Live, live_sets
+from mpq_fx.passes.analyze.activation_memory import live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
 from mpq_fx.passes.analyze.metric import Metric, Task
@@ -64,7 +65,7 @@ class Measured:
     float_ms: float | None  # of one call as Inductor compiles it; None where nothing is timed
     ties: tuple[tuple[str, ...], ...]
     excluded: frozenset[int]  # outputs that are caches
-    live: tuple[Live, ...]  # values between ops: what is in memory at once
+    live: tuple[Live, ...]  # values between ops: what is in memory at once, where it may be most
 
 
 def measure(
@@ -88,7 +89,8 @@ def measure(
     task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
     error = _error_table(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
-        sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
+        sites = traced.concrete(graph.sites)
+        live = contenders(live_sets(replay, traced), proposal.options)
         edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
         ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
         float_ms = _float_ms(target, run_float, parts.choose[0])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mpq_fx.activation_memory import peak
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError
@@ -17,7 +18,7 @@ from mpq_fx.measure import Measured, Record, parse
 from mpq_fx.passes.allocate import SOLVERS, Solution
 from mpq_fx.passes.allocate.guided import guided
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
-from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
+from mpq_fx.problem import MEMORY, in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
 
 
@@ -93,7 +94,8 @@ def float_baseline(measured: Measured) -> dict[str, float]:
     )
     numel = sum(site.weight_numel for site in measured.sites)
     ms = sums["latency"] if measured.float_ms is None else measured.float_ms
-    return {**sums, "latency": ms, "size": sums["size"] + others, "weights": float(numel)}
+    whole = {"latency": ms, "size": sums["size"] + others, "weights": float(numel)}
+    return {**sums, **whole, MEMORY: float(peak(measured.live, {}))}
 
 
 def _search(
@@ -178,6 +180,7 @@ def _solved(
         budgets=budgets,
         baseline=baseline,
         ties=measured.ties,
+        live=measured.live,
         scale=scale,
     )
     try:

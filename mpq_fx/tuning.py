@@ -22,6 +22,7 @@ from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.measure import rerun
+from mpq_fx.problem import MEMORY
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
 
@@ -111,10 +112,11 @@ def merged(plans: Sequence[Plan]) -> Plan:
             ledger=(*first.ledger, *other.ledger),
             error=max(first.error or 0.0, other.error or 0.0),
             latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
-            baseline={k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()},
+            baseline=_whole_baseline(first, other),
             activation_bytes=_larger(first.activation_bytes, other.activation_bytes),
             tables={k: _joined(t, other.tables[k]) for k, t in first.tables.items()},
             ties=(*first.ties, *other.ties),
+            live=(*first.live, *other.live),
             notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
             fingerprint={"sites": {**first.fingerprint["sites"], **other.fingerprint["sites"]}},
             tensors={**first.tensors, **other.tensors},
@@ -126,6 +128,12 @@ def merged(plans: Sequence[Plan]) -> Plan:
 def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """Graphs run one after the other: the larger peak is the model's."""
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
+
+
+def _whole_baseline(first: Plan, other: Plan) -> dict[str, float]:
+    """Times and bytes add up; of what is in memory at once the larger peak counts."""
+    sums = {k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()}
+    return {**sums, MEMORY: _larger(first.baseline, other.baseline).get(MEMORY, 0.0)}
 
 
 def _joined(table: Table, other: Table) -> Table:

@@ -69,15 +69,15 @@ def _parts(
 ) -> tuple[Quantity, ...]:
     """What the quantity is the largest of."""
     if name in problem.peaks:
-        return contenders(parts_of_peak(problem.peaks[name], [len(g.options) for g in groups], places))
+        return contenders(
+            parts_of_peak(problem.peaks[name], [len(g.options) for g in groups], places)
+        )
     if name.startswith(MINUS):
         return (negative(_quantity(problem, groups, places, name.removeprefix(MINUS))),)
     return (_quantity(problem, groups, places, name),)
 
 
-def _quantity(
-    problem: Problem, groups: tuple[Group, ...], places: Places, name: str
-) -> Quantity:
+def _quantity(problem: Problem, groups: tuple[Group, ...], places: Places, name: str) -> Quantity:
     table, coupling = table_of(problem, name), coupling_of(problem, name)
     shift = shift_of((*table.values(), *coupling.values()))
     single = [

@@ -57,15 +57,17 @@ def explain(problem: Problem, *, time_limit: float = 10.0) -> InfeasibleError:
     named = " and ".join(_said(n, limits[n]) for n in found.conflict)
     together = " together" if len(found.conflict) > 1 else ""
     lines = [f"no plan meets {named}{together}"]
-    lines += [_line(name, limit, found, is_alone=len(limits) == 1) for name, limit in limits.items()]
+    lines += [
+        _line(name, limit, found, is_alone=len(limits) == 1) for name, limit in limits.items()
+    ]
     return InfeasibleError("\n".join(lines), fix=_fix(limits, found))
 
 
 def _line(name: str, limit: float, found: Diagnosis, *, is_alone: bool) -> str:
     """ "bits: budget 4, smallest reachable 2, 5 with the other budgets kept" """
     kind, end = ("floor", "largest") if name.startswith(MINUS) else ("budget", "smallest")
-    asked = f"{kind} {unsigned(name, limit):g}"
-    line = f"    {name.removeprefix(MINUS)}: {asked}, {end} reachable {_number(name, found.alone[name])}"
+    asked = f"{name.removeprefix(MINUS)}: {kind} {unsigned(name, limit):g}"
+    line = f"    {asked}, {end} reachable {_number(name, found.alone[name])}"
     if is_alone or found.kept[name] == math.inf:
         return line
     return f"{line}, {_number(name, found.kept[name])} with the other budgets kept"

@@ -84,7 +84,9 @@ def _agreeing(form: Form, origin: Sequence[int], most: int) -> list[tuple[int, .
             (*chosen, i)
             for chosen in found
             for i in options
-            if all(_agrees(link, dict(zip(origin[:k], chosen, strict=True)), g, i) for link in links)
+            if all(
+                _agrees(link, dict(zip(origin[:k], chosen, strict=True)), g, i) for link in links
+            )
         ]
         if len(found) > most:
             return None

@@ -49,7 +49,9 @@ class Row:
     def most(self) -> int:
         """No plan has more."""
         blocks = sum(max(block.values()) for block in self.blocks.values())
-        return self.offset + sum(map(max, self.single)) + blocks + sum(map(max, self.joint.values()))
+        return (
+            self.offset + sum(map(max, self.single)) + blocks + sum(map(max, self.joint.values()))
+        )
 
     def bound(self, least: int) -> float:
         """row >= least  ->  quantity >= this, because coefficients were rounded down."""

@@ -1,4 +1,4 @@
-"""Small random problems with everything that a Problem can hold, for comparison with brute force."""
+"""Small random problems with everything that a Problem can hold: brute force solves them, too."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _floors(draw: Any, options: Any, tables: Any) -> dict[str, float]:
 def rich(seed: int, *, coupled: bool = True) -> Problem:
     """Every kind of limit at once, each near what some plan needs; hypothesis likes small ones."""
     rng = random.Random(seed)
-    options = {unit: ("w8", "w4", "w2") for unit in "abcde"}
+    options = dict.fromkeys("abcde", ("w8", "w4", "w2"))
     keys = [(u, o) for u in options for o in options[u]]
     tables = {n: {key: float(rng.randint(0, 20)) for key in keys} for n in ("size", "latency")}
     pairs = {}

@@ -33,6 +33,7 @@ from mpq_fx.passes.allocate.model import Clock
 from mpq_fx.passes.allocate.problem import limits_of, within
 from tests.allocate.random_problems import problems, rich
 
+
 def wild(seed: int) -> Problem:
     """Values over 12 decades, so that one scale for a whole table would lose most of them."""
     rng = random.Random(seed)
