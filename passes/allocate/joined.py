@@ -56,7 +56,7 @@ def joined(form: Form) -> Joined:
     for origin in _components(form):
         options = _agreeing(form, origin, MOST_COUPLED if form.is_coupled else MOST)
         apart = [((g,), [(i,) for i in range(sizes[g])]) for g in origin]
-        for one, chosen in apart if options is None else [(origin, options)]:
+        for one, chosen in [(origin, options)] if options else apart:
             origins.append(tuple(one))
             joint.append(tuple(chosen))
     quantities = {
@@ -75,7 +75,10 @@ def _components(form: Form) -> list[list[int]]:
 
 
 def _agreeing(form: Form, origin: Sequence[int], most: int) -> list[tuple[int, ...]] | None:
-    """Options of some groups that agree in every link; None if there are more than `most`."""
+    """Options of some groups that agree in every link; None if there are more than `most`.
+
+    None at all is a problem without a plan, which CP-SAT proves.
+    """
     found: list[tuple[int, ...]] = [()]
     for k, g in enumerate(origin):
         links = [link for link in form.links if g in link.groups]

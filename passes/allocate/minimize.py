@@ -19,7 +19,7 @@ from mpq_fx.passes.allocate.problem import (
     value_of,
 )
 from mpq_fx.passes.allocate.relaxation import Relaxation, relax
-from mpq_fx.passes.allocate.rows import Row, row_of, rows_of
+from mpq_fx.passes.allocate.rows import can_exceed, row_of, rows_of
 
 # ortools 9.15 proved a wrong optimum in 1 of 3,439 random models with pairs whose coefficients had
 # 40 bits (other presolve settings fail on other models), and in none of 4,205 with 30 bits.
@@ -92,7 +92,7 @@ def _is_met(level: Level) -> bool:
 def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level]:
     """Fewer options, a first plan and a bound, before CP-SAT sees the problem."""
     hinted = hint if hint is not None and _is_plan(search.form, hint) else None
-    form = drop_dominated(search.form)
+    form = drop_dominated(_tight(search))
     relaxed = _relaxed(search, form)
     picks = None if relaxed is None else relaxed.picks
     plan = search.best([hinted, None if picks is None else form.assignment(picks)])
@@ -104,6 +104,17 @@ def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level
         most = value - bound + TOLERANCE * max(abs(value), abs(bound))
         form = keep(form, lambda g, i: bool(relaxed.extra[g, i] <= most))
     return replace(search, form=form), Level(plan, value, bound, ended=False)
+
+
+def _tight(search: Search) -> Form:
+    """The form without what no assignment exceeds, of quantities that are limited and no more."""
+    quantities = {
+        name: parts
+        if name == search.name or name not in search.limits
+        else tuple(part for part in parts if can_exceed(part, search.limits[name]))
+        for name, parts in search.form.quantities.items()
+    }
+    return replace(search.form, quantities=quantities)
 
 
 def _relaxed(search: Search, form: Form) -> Relaxation | None:
@@ -136,15 +147,16 @@ def _task(
     form, limits = search.form, search.limits
     most = min(level.value, limits.get(search.name, math.inf))
     goal = rows_of(form.quantities[search.name], None if math.isinf(most) else most, bits=BITS)
-    rows = {name: _binding(form, name, at, up=up) for name, at in limits.items()}
+    rows = {
+        name: tuple(
+            row_of(part, at, bits=BITS, up=up)
+            for part in form.quantities[name]
+            if can_exceed(part, at)
+        )
+        for name, at in limits.items()
+    }
     sizes = tuple(len(group.options) for group in form.groups)
     return Task(sizes, goal, rows, form.links, cuts, hints)
-
-
-def _binding(form: Form, name: str, limit: float, *, up: bool) -> tuple[Row, ...]:
-    """The rows of a limit that some plan exceeds."""
-    rows = (row_of(part, limit, bits=BITS, up=up) for part in form.quantities[name])
-    return tuple(row for row in rows if row.can_bind)
 
 
 def _learned(search: Search, level: Level, task: Task, found: Run) -> Level:

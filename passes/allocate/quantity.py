@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 Block = Mapping[tuple[int, int], int]  # (option of g, option of h) -> term
 Meeting = tuple[tuple[int, tuple[int, ...]], ...]  # every group takes one of its options; >= 2
@@ -21,14 +22,14 @@ class Quantity:
     constant: int = 0
     joint: Mapping[Meeting, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def least(self) -> int:
         """No plan has less, in units of 2^-shift."""
         blocks = sum(min(0, *block.values()) for block in self.blocks.values())
         joint = sum(min(0, term) for term in self.joint.values())
         return self.constant + sum(map(min, self.single)) + blocks + joint
 
-    @property
+    @cached_property
     def most(self) -> int:
         """No plan has more, in units of 2^-shift."""
         blocks = sum(max(0, *block.values()) for block in self.blocks.values())

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpq_fx.passes.allocate.exact import Form
 from mpq_fx.passes.allocate.quantity import Quantity
-from mpq_fx.passes.allocate.rows import Row, row_of
+from mpq_fx.passes.allocate.rows import Row, can_exceed, row_of
 
 BITS = 52  # integers that float64 holds exactly
 SLACK = 1e-11  # of each budget: float sums of 10,000 units stay clear of it
@@ -82,9 +82,9 @@ def relaxed_rows(
     goal = max((shared_out(part) for part in form.quantities[name]), key=lambda part: part.least)
     rows: list[Row] = []
     for at, limit in limits.items():
-        each = (row_of(shared_out(part), limit, bits=BITS) for part in form.quantities[at])
-        binding = [row for row in each if row.can_bind]
-        rows += sorted(binding, key=_slack)[:TIGHTEST]
+        parts = (part for part in form.quantities[at] if can_exceed(part, limit))
+        each = [row_of(shared_out(part), limit, bits=BITS) for part in parts]
+        rows += sorted(each, key=_slack)[:TIGHTEST]
     if any(row.limit is None or row.limit < 0 for row in rows):
         return None
     return row_of(goal, None, bits=BITS), tuple(rows)

@@ -41,11 +41,6 @@ class Row:
         return 1.0 / self.unit if self.unit else math.inf
 
     @property
-    def can_bind(self) -> bool:
-        """Is there a limit, and can a plan exceed it?"""
-        return self.limit is not None and self.most > self.limit
-
-    @property
     def most(self) -> int:
         """No plan has more."""
         blocks = sum(max(block.values()) for block in self.blocks.values())
@@ -68,6 +63,11 @@ def row_of(quantity: Quantity, limit: float | None, *, bits: int, up: bool = Fal
     `step` divides all coefficients, thus loses nothing, if they then have at most `bits` bits.
     """
     return _rounded(_raised(quantity, limit, quantity.least), bits, up=up)
+
+
+def can_exceed(quantity: Quantity, limit: float) -> bool:
+    """Is there an assignment above the limit, as far as single terms tell?"""
+    return quantity.most > _floor(limit, quantity.shift)
 
 
 def rows_of(parts: Sequence[Quantity], limit: float | None, *, bits: int) -> tuple[Row, ...]:
