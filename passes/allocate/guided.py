@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import lagrangian
 from mpq_fx.passes.allocate.groups import groups_of
 from mpq_fx.passes.allocate.ordered import Assignment, bisection, greedy, incremental_order
@@ -30,10 +31,15 @@ def guided(
 ) -> Solution:
     """The assignment that a search of SEARCHES ends with; it was allowed, or is where it started.
 
-    Knows neither budgets nor edges.  The bound is the least that any plan could cost, whatever its
-    error.
+    Knows neither budgets, floors nor edges; links are refused.  The bound is the least that any
+    plan could cost, whatever its error.
     """
     begin = time.perf_counter()
+    if problem.links:
+        raise ConfigError(
+            f"search={search!r} lowers one unit at a time, and links change several at once",
+            fix='solver="cp_sat"',
+        )
     members = {group.members[0]: group.members for group in groups_of(problem)}
     start = {unit: problem.options[unit][0] for unit in members}
 
@@ -47,7 +53,7 @@ def guided(
     found = whole(
         SEARCHES[search](start, menu_of(problem, start), order, lambda a: is_allowed(whole(a)))
     )
-    least = lagrangian.solve(replace(problem, budgets={}, pairs={}))
+    least = lagrangian.solve(replace(problem, budgets={}, floors={}, pairs={}))
     return Solution(
         assignment=found,
         values=values_of(problem, found),

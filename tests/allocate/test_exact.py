@@ -240,7 +240,22 @@ def test_frontier_with_enough_points_is_the_whole_pareto_set():
     assert [s.values["error"] for s in found] == [7.0 - n for n in range(8)]
 
 
+def test_a_frontier_keeps_floors_but_those_of_its_own_ends():
+    options = dict.fromkeys("ab", ("w8", "w4"))
+    keys = [(u, o) for u in options for o in options[u]]
+    table = {key: float(key[1][1:]) for key in keys}
+    error = {key: 8.0 - width for key, width in table.items()}
+    problem = Problem(options, error, ("error",), resources={"size": table, "bits": table})
+    lifted = frontier(replace(problem, floors={"size": 14.0, "error": 1.0}), "size")
+    assert [s.values["size"] for s in lifted] == [8.0, 12.0, 16.0]
+    kept = frontier(replace(problem, floors={"bits": 12.0}), "size")
+    assert [s.values["size"] for s in kept] == [12.0, 16.0]
+
+
 def test_the_same_problem_gives_the_same_answer():
+    for problem in (rich(0), rich(4), rich(1, coupled=False)):
+        first, second = (solved(cp_sat, problem) for _ in range(2))
+        assert first is None or replace(first, seconds=0.0) == replace(second, seconds=0.0)
     for seed in range(5):
         first, second = cp_sat.solve(wild(seed)), cp_sat.solve(wild(seed))
         assert replace(first, seconds=0.0) == replace(second, seconds=0.0)

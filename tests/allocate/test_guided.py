@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import Problem, value_of
 from mpq_fx.passes.allocate.guided import SEARCHES, guided, menu_of
 
@@ -102,3 +103,11 @@ def test_with_one_step_of_the_menu_the_order_adds_what_raises_the_error_least(da
             least = min(value_of(problem, "error", trial) for trial in trials)
             assert value_of(problem, "error", taken) == pytest.approx(least, abs=1e-9)
             now = taken
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_floors_do_not_count_and_links_are_refused(search):
+    problem = replace(problem_of([(0.1, 1.0), (0.1, 1.0)]), floors={"latency": 99.0})
+    assert guided(problem, search, lambda _: True).values["latency"] == 2.0
+    with pytest.raises(ConfigError, match="one unit at a time"):
+        guided(replace(problem, links=(("u0", "u1"),)), search, lambda _: True)
