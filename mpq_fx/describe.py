@@ -183,7 +183,10 @@ def _notes(
             f"the error on the calls kept for the report is {error:.3g}, above the "
             f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
         )
-    notes += _missed_latency(settled)
+    shapes = measured.tables["latency"].provenance["shapes"]
+    if shapes > 1:
+        notes.append(f"latency of layers is the mean over the calls seen, in {shapes} shapes")
+    notes += _missed_latency(settled) if shapes == 1 else []
     if settled.winner.label != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)

@@ -5,6 +5,7 @@ one
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from mpq_fx.measure import rerun
 from mpq_fx.problem import MEMORY
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
+from mpq_fx.shapes import Code
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
@@ -60,7 +62,8 @@ def tune_model(
         found = _own(model, observing)
         for lifecycle, binding in _announced(bar, found):
             if not _is_covered(binding, found):
-                lifecycle.finalize(binding, standard.judge(binding) if standard else None)
+                judge = standard.judge(binding) if standard else None
+                lifecycle.finalize(binding, judge, _other_shapes(binding, found))
         if standard:
             standard.verify(found)
         plans = distinct(binding.plan for _, binding in found)
@@ -175,10 +178,11 @@ class _Standard:
 
         Nothing of the metric's data becomes calibration data.
         """
-        before = {id(b): list(b.records) for _, b in _own(self.model, self.config)}
+        own = [binding for _, binding in _own(self.model, self.config)]
+        before = {id(b): (list(b.records), b.shapes.copy()) for b in own}
         _measured(self.metric, self.compiled)
         for _, binding in _own(self.model, self.config):
-            binding.records[:] = before.get(id(binding), [])
+            binding.records[:], binding.shapes = before.get(id(binding), ([], Counter()))
 
     def judge(self, binding: Binding) -> Judge:
         base, count = _measured(self.metric, self.model)
@@ -268,6 +272,16 @@ def _own(model: torch.nn.Module, config: Config) -> list[tuple[Lifecycle, Bindin
     """The graphs that this tune observed, the best observed first."""
     found = [(lc, b) for lc, b in bindings_of(model) if lc.config is config and lc.sites]
     return sorted(found, key=lambda pair: -len(pair[1].records))
+
+
+def _other_shapes(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) -> tuple[Code, ...]:
+    """Observed graphs that will run in the plan of this one."""
+    names = set(binding.site_names.values())
+    return tuple(
+        Code(lifecycle.graph, other, lifecycle.run_float)
+        for lifecycle, other in found
+        if other is not binding and other.records and set(other.site_names.values()) <= names
+    )
 
 
 def _is_covered(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) -> bool:

@@ -140,8 +140,8 @@ def rich(seed: int, *, coupled: bool = True) -> Problem:
         pairs=pairs,
         resources=tables,
         peaks={"memory": tuple(_rich_sum(rng, options) for _ in range(4))},
-        ties=(("d", "e"),) if rng.random() < 0.3 else (),
-        links=(("a", "b"), ("b", "c"), ("c", "d"))[: rng.randint(0, 3)],
+        ties=(("a", "d"),) if rng.random() < 0.3 else (),
+        links=(("a", "c"), ("b", "e"), ("c", "d"))[: rng.randint(0, 3)],
         classes={(u, "w4"): "w8" for u in rng.sample("abcde", 3)},
     )
     plan = {unit: rng.choice(offers) for unit, offers in options.items()}

@@ -20,9 +20,10 @@ from mpq_fx.passes.allocate import (
 )
 from mpq_fx.passes.allocate.exact import form_of
 from mpq_fx.passes.allocate.minimize import Search, start
-from mpq_fx.passes.allocate.model import Clock
+from mpq_fx.passes.allocate.model import Clock, Task, run
 from mpq_fx.passes.allocate.problem import Condition, Term, count_of, limits_of, values_of
 from mpq_fx.passes.allocate.relaxation import TIGHTEST, relaxed_rows, shared_out
+from mpq_fx.passes.allocate.rows import rows_of
 from tests.allocate.random_problems import rich
 
 BITS = {"w8": 8.0, "w4": 4.0, "w2": 2.0}
@@ -289,6 +290,20 @@ def test_what_groups_share_of_a_joint_term_is_never_more_than_the_term(seed):
         plan = form.assignment(picks)
         largest = max(value(part, picks) for part in parts) / 2 ** parts[0].shift
         assert largest == value_of(problem, "memory", plan)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_model_knows_joint_terms_of_either_sign_and_the_largest_of_its_rows(seed):
+    """Without checks in floats and cuts, which would mend a model that is wrong."""
+    form = form_of(replace(rich(seed), objective=("memory",), links=()))
+    parts = form.quantities["memory"]
+    sizes = tuple(len(group.options) for group in form.groups)
+    rows = rows_of(parts, None, bits=30)
+    found = run(Task(sizes, rows, {}), Clock(10.0))
+    every = itertools.product(*map(range, sizes))
+    assert rows[0].bound(found.least) == min(
+        max(value(part, picks) for part in parts) / 2 ** parts[0].shift for picks in every
+    )
 
 
 def value(part, picks) -> int:
