@@ -22,6 +22,7 @@ from mpq_fx.passes.allocate.exact import form_of
 from mpq_fx.passes.allocate.minimize import Search, start
 from mpq_fx.passes.allocate.model import Clock, Task, run
 from mpq_fx.passes.allocate.problem import Condition, Term, count_of, limits_of, values_of
+from mpq_fx.passes.allocate.quantity import Quantity, kept
 from mpq_fx.passes.allocate.relaxation import TIGHTEST, relaxed_rows, shared_out
 from mpq_fx.passes.allocate.rows import rows_of
 from tests.allocate.random_problems import rich
@@ -290,6 +291,14 @@ def test_what_groups_share_of_a_joint_term_is_never_more_than_the_term(seed):
         plan = form.assignment(picks)
         largest = max(value(part, picks) for part in parts) / 2 ** parts[0].shift
         assert largest == value_of(problem, "memory", plan)
+
+
+def test_joint_terms_that_fewer_options_make_the_same_add_up():
+    first, second = ((0, (0, 1)), (1, (0,))), ((0, (0,)), (1, (0,)))
+    whole = Quantity(((0, 0), (0, 0)), {}, 0, joint={first: 5, second: 7})
+    assert kept(whole, [[0], [0, 1]]).joint == {second: 12}
+    assert kept(whole, [[1], [0, 1]]).joint == {((0, (0,)), (1, (0,))): 5}
+    assert kept(whole, [[0, 1], [1]]).joint == {}
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -22,7 +22,7 @@ from mpq_fx.passes.allocate import (
 from mpq_fx.passes.allocate.exact import form_of
 from mpq_fx.passes.allocate.groups import groups_of
 from mpq_fx.passes.allocate.joined import MOST, joined
-from mpq_fx.passes.allocate.relaxation import relax
+from mpq_fx.passes.allocate.relaxation import relax, shared_out
 from tests.allocate.random_problems import rich
 
 OPTIONS = ("f32", "w8a8/static", "w8a8/dynamic", "w8", "w4")  # of these three store 8-bit weights
@@ -119,6 +119,29 @@ def test_no_plan_with_an_option_costs_less_than_the_joined_bound_says(seed):
         if is_feasible(problem, plan):
             most = found.bound + max(found.extra[g, i] for g, i in enumerate(picks))
             assert most <= value_of(problem, name, plan) + 1e-9 * abs(most)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_joined_form_has_the_same_values(seed):
+    form = form_of(rich(seed))
+    whole = joined(form)
+    if not form.links:
+        assert whole.form is form
+        return
+    for name, parts in form.quantities.items():
+        for part, same in zip(map(shared_out, parts), whole.form.quantities[name], strict=True):
+            for at in itertools.product(*(range(len(options)) for options in whole.joint)):
+                picks = {
+                    g: i
+                    for k, c in enumerate(at)
+                    for g, i in zip(whole.origins[k], whole.joint[k][c], strict=True)
+                }
+                assert value(same, at) == value(part, [picks[g] for g in sorted(picks)])
+
+
+def value(part, picks) -> int:
+    blocks = (block.get((picks[g], picks[h]), 0) for (g, h), block in part.blocks.items())
+    return part.constant + sum(t[i] for t, i in zip(part.single, picks, strict=True)) + sum(blocks)
 
 
 def test_more_phases_than_can_be_joined_leave_a_valid_bound():

@@ -56,6 +56,15 @@ def test_a_floor_out_of_reach_is_named_with_the_largest_value_there_is(plan):
     resolve(plan, **{"tolerance": None, "max_size": "0.7x", "min_bits": 30.0, **options})
 
 
+def test_the_floor_that_a_message_says_can_be_typed(plan):
+    bits = {key: value / 3 for key, value in plan.tables["bits"].values.items()}
+    thirds = replace(plan, tables={**plan.tables, "bits": Table("exact", "bits", bits)})
+    with pytest.raises(InfeasibleError) as caught:
+        resolve(thirds, tolerance=None, min_bits=11.0)  # of 32 / 3
+    assert caught.value.fix == 'options={"min_bits": 10.66}'
+    resolve(thirds, tolerance=None, min_bits=10.66)
+
+
 def test_a_window_between_two_plans_is_out_of_reach(plan):
     with pytest.raises(InfeasibleError) as caught:
         resolve(plan, tolerance=None, max_bits=23.0, min_bits=17.0)
@@ -123,6 +132,8 @@ def test_changes_add_up_to_the_stored_bytes_of_every_plan():
             if all(plan[site].name in names for site, names in change.choices.items())
         ]
         assert value.bytes + sum(held) == stored_bytes(value, plan)
+    every = [change for value in VALUES for change in changes(value, CHOICES)]
+    assert all(names for change in every for names in change.choices.values())
 
 
 @pytest.mark.parametrize("live", [SETS, SETS[:7], SETS[5:9], ()])
