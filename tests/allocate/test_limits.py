@@ -23,7 +23,7 @@ from mpq_fx.passes.allocate.minimize import Search, start
 from mpq_fx.passes.allocate.model import Clock, Task, run
 from mpq_fx.passes.allocate.problem import Condition, Term, count_of, limits_of, values_of
 from mpq_fx.passes.allocate.quantity import Quantity, kept
-from mpq_fx.passes.allocate.relaxation import TIGHTEST, relaxed_rows, shared_out
+from mpq_fx.passes.allocate.relaxation import TIGHTEST, relax, relaxed_rows, shared_out
 from mpq_fx.passes.allocate.rows import rows_of
 from tests.allocate.random_problems import rich
 
@@ -263,6 +263,16 @@ def test_only_rows_that_can_bind_reach_the_solver():
     assert len(relaxed_rows(form, "latency", {"memory": problem.budgets["memory"]})[1]) <= TIGHTEST
     slack = {"memory": 2 * 9 * 4096.0}
     assert relaxed_rows(form, "latency", slack)[1] == ()
+
+
+def test_the_sum_that_is_largest_at_the_least_bounds_a_peak():
+    problem = replace(layers(8), objective=("memory",), budgets={})
+    form = form_of(problem)
+    least = [part.least / 2**part.shift for part in form.quantities["memory"]]
+    assert len(set(least)) > 1
+    found = relax(form, "memory", {})
+    assert found is not None
+    assert found.bound == max(least) <= brute_force.solve(problem).values["memory"]
 
 
 @pytest.mark.timeout(60)

@@ -106,7 +106,7 @@ def test_values_between_ops_survive_the_file(plan, tmp_path):
 OFFERS = {
     "a": (FLOAT, HALF, STATIC, DYNAMIC),
     "b": (FLOAT, HALF, STATIC),
-    "c": (FLOAT, STATIC, "int8*float32", "int4*bfloat16"),
+    "c": (FLOAT, STATIC, "int8*float32"),
 }
 CHOICES = {unit: tuple(map(parse_choice, names)) for unit, names in OFFERS.items()}
 VALUES = (
