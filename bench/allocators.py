@@ -1,20 +1,26 @@
-"""How other tools pick a choice per unit under a budget, written from descriptions of them.
+"""How mpq-fx and other tools pick a choice per unit under a budget.
 
-Each takes a Problem with single terms and one budget, and returns an assignment, or None where it
-finds none.  `RIVALS` pairs each with the metric that is nearest to the tool's own.  Baselines for
-bench/regret.py; none is part of the package.
+Each takes a Problem with one budget, and returns an assignment, or None where it finds none.
+`RIVALS` are other tools, written from descriptions of them, each with the metric that is nearest to
+its own: baselines for bench/regret.py and bench/allocation.py, and no part of the package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mpq_fx.errors import InfeasibleError
-from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible, value_of
+from mpq_fx.passes.allocate import Problem, Solution, cp_sat, is_feasible, value_of
+from mpq_fx.passes.allocate.refine import Tried, best_of, refined
+from mpq_fx.search import REFINE_ROUNDS
 
 Assignment = dict[str, str]
 Allocator = Callable[[Problem], "Assignment | None"]
+Measure = Callable[[Mapping[str, str]], float]
+DEFAULT = "mpq-fx, default"
+SOLVE_SECONDS = 2.0  # of work, the same for all that solve
 ITERATIONS = 100  # of the bisection on the largest score
 BEAM = 1000  # states that a dynamic program keeps
 
@@ -28,12 +34,45 @@ class Rival:
     allocate: Allocator
 
 
-def knapsack(problem: Problem) -> Assignment | None:
-    """The least sum of scores within the budget (HAWQ-V3 with traces, MCT with replays)."""
+def ours(metrics: Iterable[str]) -> list[Rival]:
+    """The solver of mpq-fx on the table of each metric."""
+    return [Rival("mpq-fx", metric, with_pairs) for metric in metrics]
+
+
+def default(measure: Measure) -> Rival:
+    """What mpq-fx does by default; `measure` tells the noise power of a whole plan."""
+    return Rival(DEFAULT, "auto", partial(with_measured_plans, measure))
+
+
+def with_pairs(problem: Problem) -> Assignment | None:
+    """What mpq-fx does with a table before it measures a plan."""
+    found = solved(problem)
+    return None if found is None else dict(found.assignment)
+
+
+def with_measured_plans(measure: Measure, problem: Problem) -> Assignment | None:
+    """Solve, measure, correct the table, solve again."""
+    first = solved(problem)
+    if first is None:
+        return None
+    tried = [Tried(first, measure(first.assignment))]
+    again = partial(cp_sat.solve, time_limit=SOLVE_SECONDS)
+    found = best_of(problem, refined(problem, again, measure, tried, rounds=REFINE_ROUNDS))
+    assert found is not None, "there is no limit on the error"
+    return dict(found.solution.assignment)
+
+
+def solved(problem: Problem) -> Solution | None:
+    """The solver's answer; None if it proves that nothing keeps to the budget."""
     try:
-        return dict(cp_sat.solve(replace(problem, pairs={}), time_limit=10.0).assignment)
+        return cp_sat.solve(problem, time_limit=SOLVE_SECONDS)
     except InfeasibleError:
         return None
+
+
+def knapsack(problem: Problem) -> Assignment | None:
+    """The least sum of scores within the budget (HAWQ-V3 with traces, MCT with replays)."""
+    return with_pairs(replace(problem, pairs={}))
 
 
 def monotone_knapsack(problem: Problem) -> Assignment | None:

@@ -11,22 +11,24 @@ looked up.  Regret = its error / the least one - 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mean
 
 import torch
-from allocators import RIVALS, Rival
+from allocators import DEFAULT, RIVALS, Rival, default, ours
 from results import parser
 from sensitivity import looked_on
 
 from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
-from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible
+from mpq_fx.passes.allocate import Problem, is_feasible
 from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.ranking import measured
+from mpq_fx.search import REFINE_ROUNDS
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the way from the cheapest plan to the dearest
 NAMES = ("int4*bfloat16", "int8/dynamic", "bfloat16", "int8*uint8_tensor/static", "float32")
@@ -51,7 +53,7 @@ class Regret:
         )
 
 
-def compare(name: str, searches: Sequence[Rival], units: int, choices: int) -> list[Regret]:
+def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list[Regret]:
     found: list[Regret] = []
 
     def looking_on(task: Task) -> None:
@@ -59,12 +61,14 @@ def compare(name: str, searches: Sequence[Rival], units: int, choices: int) -> l
         costs = sizes(tuple(task.replay.sites.values()), small.options)["bops"].values
         every = enumerated(small)
         errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
+        searches = [default(partial(power, errors, [*_changing(small)])), *ours(metrics), *RIVALS]
         tables = {m: METRICS.named(m)(small) for m in dict.fromkeys(s.metric for s in searches)}
         for search in searches:
             table = tables[search.metric]
             asked = [problem_of(small, table, costs, share) for share in SHARES]
             regrets = tuple(regret(problem, search, errors) for problem in asked)
-            found.append(Regret(search, regrets, table.provenance["forward_passes"]))
+            passes = table.provenance["forward_passes"] + REFINE_ROUNDS * (search.name == DEFAULT)
+            found.append(Regret(search, regrets, passes))
 
     looked_on(SUBJECTS[name](), looking_on)
     return found
@@ -85,7 +89,7 @@ def restricted(task: Task, units: int, choices: int) -> Task:
 
 def enumerated(task: Task) -> dict[Key, Mapping[str, Choice]]:
     """Every plan that leaves no unit of choice in float, by the names of its choices."""
-    units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
+    units = [*_changing(task)]
     plans = {}
     for picks in itertools.product(*(task.options[unit[0]][1:] for unit in units)):
         chosen = zip(units, picks, strict=True)
@@ -94,11 +98,23 @@ def enumerated(task: Task) -> dict[Key, Mapping[str, Choice]]:
     return plans
 
 
+def _changing(task: Task) -> Iterator[tuple[str, ...]]:
+    """The units that have a choice."""
+    return (unit for unit in task.units if len(task.options[unit[0]]) > 1)
+
+
+def power(
+    errors: Mapping[Key, float], units: Sequence[tuple[str, ...]], plan: Mapping[str, str]
+) -> float:
+    """Noise power of a plan, among those that were all measured."""
+    return errors[tuple(plan[unit[0]] for unit in units)] ** 2
+
+
 def problem_of(
     task: Task, table: Table, costs: Mapping[tuple[str, str], float], share: float
 ) -> Problem:
     """The least error within a budget that lies `share` of the way from cheapest to dearest."""
-    units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
+    units = [*_changing(task)]
     names = {unit[0]: tuple(c.name for c in task.options[unit[0]][1:]) for unit in units}
     cost = {(u[0], n): sum(costs[s, n] for s in u) for u in units for n in names[u[0]]}
     low, high = (
@@ -127,11 +143,6 @@ def regret(problem: Problem, search: Rival, errors: Mapping[Key, float]) -> floa
     return errors[tuple(found[unit] for unit in problem.options)] / min(within) - 1
 
 
-def with_pairs(problem: Problem) -> dict[str, str]:
-    """What mpq-fx does with a table."""
-    return dict(cp_sat.solve(problem, time_limit=10.0).assignment)
-
-
 def _is_asked(pair: tuple[str, str, str, str], names: Mapping[str, tuple[str, ...]]) -> bool:
     u, c, v, d = pair
     return c in names.get(u, ()) and d in names.get(v, ())
@@ -145,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--choices", type=int, default=3)
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    ours = [Rival("mpq-fx", metric, with_pairs) for metric in options.metrics.split(",")]
-    for found in compare(options.net, [*ours, *RIVALS], options.units, options.choices):
+    metrics = options.metrics.split(",")
+    for found in compare(options.net, metrics, options.units, options.choices):
         print(f"{options.net:8} {found}", flush=True)
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpq_fx import synthetic
     from mpq_fx.api import apply, explain, finalize, pareto, refresh, tune
     from mpq_fx.config import Config
     from mpq_fx.errors import MpqError
@@ -23,6 +24,7 @@ __all__ = [
     "finalize",
     "pareto",
     "refresh",
+    "synthetic",
     "tune",
 ]
 
@@ -37,6 +39,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "synthetic":
+        return import_module("mpq_fx.synthetic")
     if name not in _HOMES:
         raise AttributeError(f"module 'mpq_fx' has no attribute {name!r}")
     return getattr(import_module(f"mpq_fx.{_HOMES[name]}"), name)

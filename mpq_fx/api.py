@@ -35,22 +35,29 @@ def tune(
 ) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
-    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)).  With `metric` (a
-    function of a model, higher is better) the plan loses at most the share `max_drop` of the float
-    model's value, which takes the place of the tolerance.  The model itself is left as it was.
-    Raises CalibrationError for no batch
-    and InfeasibleError for budgets that cannot be met.
+    A batch is a Tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); `mpq_fx.synthetic`
+    makes some without data, and the plan then says so.  With `metric` (a function of a model,
+    higher is better) the plan loses at most the share `max_drop` of the float model's value, which
+    takes the place of the tolerance.  The model itself is left as it was.
+    Raises CalibrationError for no batch and for a model that is not deterministic, InfeasibleError
+    for budgets that cannot be met.
     """
+    from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
 
-    return tune_model(
+    given = list(batches)
+    made_up = synthetic_facts(given)
+    if made_up:
+        log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
+    plan = tune_model(
         model,
-        list(batches),
+        given,
         metric=metric,
         max_drop=max_drop,
         config=config or Config(),
         progress=progress,
     )
+    return with_origins(plan, made_up)
 
 
 def pareto(

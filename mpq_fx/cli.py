@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 NOT_TUNED = ("formats", "plan", "release")  # a mapping has its own option; the others come later
 MIN_WIDTH = 80
+SYNTHETIC_METHODS = {  # of mpq_fx.synthetic, each with a shape
+    "distilled": "32x3x224x224",
+    "sampled": "8x128",
+    "random_tokens": "8x128",
+}
 
 
 class Failure(click.ClickException):
@@ -107,6 +112,12 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Where the plan is written (JSON).",
 )
 @click.option("--batches", help="module:function or module:list of calibration batches.")
+@click.option(
+    "--synthetic",
+    metavar="METHOD:SHAPE",
+    help="Without data: distilled:32x3x224x224 makes images from batch norm statistics, "
+    "sampled:8x128 lets a causal language model write tokens, random_tokens:8x128 draws them.",
+)
 @click.option("--metric", help="module:function of a model; higher is better.")
 @click.option("--max-drop", type=float, help="Largest relative drop of the metric.")
 @click.option(
@@ -121,9 +132,10 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_obj
 def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
     """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
-    batches, metric, max_drop = (given.pop(name) for name in ("batches", "metric", "max_drop"))
+    metric, max_drop = given.pop("metric"), given.pop("max_drop")
+    batches, synthetic = given.pop("batches"), given.pop("synthetic")
     config = Config.from_options({**given, "formats": _rules(formats)})
-    net, inputs = _made(model, batches)
+    net, inputs = _made(model, batches, _recipe(synthetic, batches), progress=not quiet)
     import mpq_fx
     from mpq_fx.plan import save
     from mpq_fx.report import headline
@@ -250,6 +262,21 @@ def _rules(given: tuple[str, ...]) -> dict[str, tuple[str, ...]] | None:
     return rules or None
 
 
+def _recipe(synthetic: str | None, batches: str | None) -> tuple[str, tuple[int, ...]] | None:
+    """ "distilled:32x3x224x224" -> ("distilled", (32, 3, 224, 224))"""
+    if synthetic is None:
+        return None
+    if batches is not None:
+        raise ConfigError("--synthetic and --batches are two sources of inputs", fix="one of them")
+    method, _, shape = synthetic.partition(":")
+    if method not in SYNTHETIC_METHODS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ConfigError(
+            f"--synthetic {synthetic!r} is not METHOD:SHAPE",
+            fix="one of " + ", ".join(f"{m}:{s}" for m, s in SYNTHETIC_METHODS.items()),
+        )
+    return method, tuple(map(int, shape.split("x")))
+
+
 def _load(name: str) -> Any:
     """ "package.module:attribute" -> the object, with the working directory importable."""
     module, colon, attribute = name.partition(":")
@@ -280,18 +307,30 @@ def _public(module: Any) -> list[str]:
     return [name for name in vars(module) if not name.startswith("_")][:8]
 
 
-def _made(model: str, batches: str | None) -> tuple[Any, Any]:
-    """(model, calibration batches), from what the user's functions return."""
+def _made(
+    model: str,
+    batches: str | None,
+    recipe: tuple[str, tuple[int, ...]] | None,
+    *,
+    progress: bool,
+) -> tuple[Any, Any]:
+    """(model, calibration batches), from what the user's functions return, or from the model."""
     made = _load(model)
     made = made() if _is_factory(made) else made
     net, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if batches is not None:
+    if recipe is not None:
+        from mpq_fx.synthetic import METHODS
+
+        method, shape = recipe
+        inputs = METHODS[method](net, shape, progress=progress)
+    elif batches is not None:
         inputs = _load(batches)
         inputs = inputs() if _is_factory(inputs) else inputs
     if inputs is None:
         raise ConfigError(
             f"{model} returns a model without batches to calibrate on",
-            fix="--batches module:function, or return (model, batches)",
+            fix="--batches module:function, or return (model, batches); without data, "
+            "--synthetic distilled:32x3x224x224 or random_tokens:8x128",
         )
     return net, inputs
 

@@ -16,7 +16,7 @@ from mpq_fx.build import caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.facts import Live, Plan, Row, Site, Table
-from mpq_fx.measure import Measured, parse
+from mpq_fx.measure import Measured, Parts, parse
 from mpq_fx.passes.analyze.replay import worst_error
 from mpq_fx.resolve import OBJECTIVES, point_of, solver_facts, trade_offs
 from mpq_fx.search import replayed_error
@@ -176,8 +176,7 @@ def _notes(
     notes = list(clock.notes)
     if graph.caches:
         notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
-    if len(measured.parts.choose) + len(measured.parts.report) + len(measured.parts.fit) < 4:
-        notes.append("few calibration calls: the parts to fit, choose and report overlap")
+    notes += _few_calls(measured.parts)
     if measured.tolerance is not None and error > measured.tolerance:
         notes.append(
             f"the error on the calls kept for the report is {error:.3g}, above the "
@@ -190,6 +189,20 @@ def _notes(
     if settled.winner.label != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)
+
+
+def _few_calls(parts: Parts) -> list[str]:
+    """Parts that overlap, since there were fewer distinct calls than parts."""
+    records = (*parts.fit, *parts.choose, *parts.report)
+    distinct = len({id(record) for record in records})
+    if distinct == len(records):
+        return []
+    if distinct == 1:
+        return [
+            "only 1 distinct calibration call: the parts to fit, choose and report overlap, and "
+            "the error is of the call that the plan was chosen on"
+        ]
+    return [f"only {distinct} distinct calibration calls: the parts to fit and choose overlap"]
 
 
 def _missed_latency(settled: Settled) -> list[str]:

@@ -102,6 +102,7 @@ class Value:
 Live = tuple[Value, ...]  # what is in memory at one op
 
 
+SYNTHETIC = "synthetic"  # key of a plan's provenance: its calibration inputs, if nobody's data
 INDUCTOR = "inductor float"  # the user's own graph, compiled as without mpq
 
 
@@ -164,6 +165,11 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, device, instruction set
     notes: tuple[str, ...] = ()  # what was cut short, excluded, or surprising
     tensors: Mapping[str, Any] = field(default_factory=dict)  # static scales, codes if kept
+
+    @property
+    def without_data(self) -> str:
+        """The note on calibration inputs that were made up; "" if all were real."""
+        return self.provenance.get(SYNTHETIC, {}).get("note", "")
 
     def save(self, path: str | Path) -> None:
         """Write `path` (JSON), and tensors beside it as safetensors."""

@@ -24,6 +24,7 @@ from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
+from mpq_fx.passes.analyze.randomness import check_repeatable
 from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.target import Target, available
@@ -74,6 +75,7 @@ def measure(code: Code, config: Config, clock: Clock, others: Sequence[Code] = (
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)
+    check_repeatable(replay, parts.fit[0], graph.caches)
     with clock.stage("observe"):
         seen = observe(replay, parts.fit)
         proposal = _proposal(graph, binding, config, target, seen)

@@ -281,11 +281,12 @@ def headline(plan: Plan) -> str:
     """ "error 0.0098 of 0.0110 allowed · 14.1 ms, float 22.3 ms (1.58×) · …" """
     parts = []
     predicted = plan.provenance.get("predicted", {})
+    made_up = " on synthetic inputs" if plan.without_data else ""
     if plan.error is not None:
         allowed = f" of {plan.tolerance:.4g} allowed" if plan.tolerance is not None else ""
-        parts.append(f"error {plan.error:.4g}{allowed}")
+        parts.append(f"error {plan.error:.4g}{allowed}{made_up}")
     elif "error" in predicted:
-        parts.append(f"predicted error {predicted['error']:.4g}")
+        parts.append(f"predicted error {predicted['error']:.4g}{made_up}")
     after, before, gain = plan.latency_ms.get(plan.winner), float_ms(plan), speedup(plan)
     if after is not None:
         against = f", float {before:.3g} ms ({gain:.2f}×)" if before and gain else ""

@@ -162,7 +162,10 @@ def _resolved(plan: Plan, config: Config, budgets: Mapping[str, float], solution
         solver=solver_facts(solution),
         timings={"solve": round(solution.seconds, 3)},
         provenance={**plan.provenance, "predicted": values},
-        notes=(f"solved again without data: {summary} ({PREDICTED})",),
+        notes=(
+            f"solved again without data: {summary} ({PREDICTED})",
+            *filter(None, [plan.without_data]),
+        ),
     )
 
 

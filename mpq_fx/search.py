@@ -15,8 +15,10 @@ from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.facts import Choice
 from mpq_fx.measure import Measured, Record, parse
-from mpq_fx.passes.allocate import SOLVERS, Solution
+from mpq_fx.passes.allocate import SOLVERS, Problem, Solution
 from mpq_fx.passes.allocate.guided import guided
+from mpq_fx.passes.allocate.problem import ERROR, value_of
+from mpq_fx.passes.allocate.refine import Tried, best_of, refined
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
 from mpq_fx.problem import MEMORY, in_user_units, numbers, problem, unchanged, unreachable, words
 from mpq_fx.verify import Candidate, bisect
@@ -33,6 +35,9 @@ class Judge:
 
 
 SOLVE_SECONDS = 5.0
+REFINE_SECONDS = 1.0  # of each solve with a corrected table: its answer need not be proved
+REFINE_ROUNDS = 8
+REFINE_SHARE = 0.4  # of the time budget, after which no further round begins
 
 
 @dataclass(frozen=True)
@@ -112,21 +117,18 @@ def _search(
         limits = budgets if start is None else {**budgets, "tolerance": start}
         return _solved(measured, config, limits, baseline, _scale(error_budget, start))
 
-    if not start or not measured.sites:
+    if not measured.sites or start == 0.0:
         found = solution(0.0)
         return Candidate(found, joint_error(measured, found.assignment), 1.0)
     if config.search != "solver":
+        assert start is not None, "a Config with a search of a name has a tolerance"
         return _guided(measured, config, clock, baseline, start if judge is None else judge)
     if judge is None:
-        best = bisect(
-            solution,
-            lambda a: joint_error(measured, a),
-            start,
-            start=start,
-            is_past=lambda: clock.is_past(0.7),
-        )
+        best = _by_error(measured, config, clock, budgets, baseline, solution)
     else:
-        best = bisect(solution, lambda a: drop(measured, judge, a), judge.limit, start=start)
+        best = bisect(
+            solution, lambda s: drop(measured, judge, s.assignment), judge.limit, start=start or 1.0
+        )
     if best is None:
         what = (
             f"an error of at most {start:.3g}" if judge is None else f"a drop of {judge.limit:.3g}"
@@ -137,6 +139,60 @@ def _search(
             fix="raise the tolerance (or max_drop), or a budget",
         )
     return best
+
+
+def _by_error(
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    solution: Callable[[float], Solution],
+) -> Candidate | None:
+    """Bisect the error budget, then search around the plan with a table that what was measured
+    corrects.
+    """
+    tolerance, tried = measured.tolerance, list[Tried]()
+
+    def measure(found: Solution) -> float:
+        error = joint_error(measured, found.assignment)
+        tried.append(Tried(found, error**2))
+        return error
+
+    if tolerance is None:
+        found = solution(0.0)
+        best = Candidate(found, measure(found), 1.0)
+    else:
+        past = partial(clock.is_past, 0.7)
+        best = bisect(solution, measure, tolerance, start=tolerance, is_past=past)
+    asked = _asked(measured, config, budgets, baseline, 1.0)
+    return best and _refined(measured, config, clock, asked, best, tried)
+
+
+def _refined(
+    measured: Measured,
+    config: Config,
+    clock: Clock,
+    asked: Problem,
+    best: Candidate,
+    tried: Sequence[Tried],
+) -> Candidate:
+    """The best after some rounds of solving with a corrected table; `best` if none is better."""
+    hint = best.solution.assignment
+    found = refined(
+        asked,
+        partial(SOLVERS.named(config.solver), time_limit=REFINE_SECONDS, hint=hint),
+        lambda assignment: joint_error(measured, assignment) ** 2,
+        tried,
+        rounds=REFINE_ROUNDS,
+        is_past=partial(clock.is_past, REFINE_SHARE),
+    )
+    winner = best_of(asked, found)
+    if winner is None or winner.solution is best.solution:
+        return best
+    predicted = value_of(asked, ERROR, winner.solution.assignment)
+    scale = predicted / winner.error if winner.error and predicted > 0 else best.scale
+    return Candidate(winner.solution, winner.error**0.5, scale)
 
 
 def _guided(
@@ -154,16 +210,32 @@ def _guided(
         return joint_error(measured, assignment)
 
     most = limit.limit if isinstance(limit, Judge) else limit
-    ties = measured.ties
-    asked = problem(
-        measured.tables, objective=config.objective, budgets={}, baseline=baseline, ties=ties
-    )
+    asked = _asked(measured, config, {}, baseline, 1.0)
     found = guided(asked, config.search, lambda a: not clock.is_past(0.7) and worse_by(a) <= most)
     return Candidate(found, worse_by(found.assignment), 1.0)
 
 
 def _scale(error_budget: float, start: float | None) -> float:
     return error_budget / start**2 if start else 1.0
+
+
+def _asked(
+    measured: Measured,
+    config: Config,
+    budgets: Mapping[str, float],
+    baseline: Mapping[str, float],
+    scale: float,
+) -> Problem:
+    """The allocation problem of a Config; its tolerance allows `scale` times its square."""
+    return problem(
+        measured.tables,
+        objective=config.objective,
+        budgets=budgets,
+        baseline=baseline,
+        ties=measured.ties,
+        live=measured.live,
+        scale=scale,
+    )
 
 
 def _solved(
@@ -174,15 +246,7 @@ def _solved(
     scale: float,
 ) -> Solution:
     """One solve; budgets out of reach are named in the user's units."""
-    asked = problem(
-        measured.tables,
-        objective=config.objective,
-        budgets=budgets,
-        baseline=baseline,
-        ties=measured.ties,
-        live=measured.live,
-        scale=scale,
-    )
+    asked = _asked(measured, config, budgets, baseline, scale)
     try:
         solve = SOLVERS.named(config.solver)
         return solve(asked, time_limit=SOLVE_SECONDS, hint=unchanged(asked))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from mpq_fx.binding import Binding
 from mpq_fx.clock import ANNOUNCE
@@ -24,6 +24,7 @@ from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.measure import rerun
 from mpq_fx.problem import MEMORY
+from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
 from mpq_fx.shapes import Code
@@ -51,7 +52,7 @@ def tune_model(
     compiled = compile_apart(model, config=observing)
     with (
         _forgotten(observing),
-        _progress(progress) as bar,
+        progress_bar(progress) as bar,
         torch.inference_mode(),
     ):
         for batch in bar.track(batches, description="observing"):
@@ -74,11 +75,6 @@ def tune_model(
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
         return merged(plans)
-
-
-def _progress(is_shown: bool) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, transient=True, disable=not is_shown)
 
 
 def _announced(

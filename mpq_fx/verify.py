@@ -30,7 +30,7 @@ class Candidate:
 
 def bisect(
     solve: Callable[[float], Solution],
-    measure: Callable[[Mapping[str, str]], float],
+    measure: Callable[[Solution], float],
     tolerance: float,
     *,
     start: float,
@@ -50,7 +50,7 @@ def bisect(
         solution = solve(start**2 * scale)
         key = tuple(sorted(solution.assignment.items()))
         if key not in measured:
-            measured[key] = measure(solution.assignment)
+            measured[key] = measure(solution)
         error = measured[key]
         if error <= tolerance:
             good = max(good, scale)
@@ -65,7 +65,7 @@ def bisect(
 
 def _exact(
     solve: Callable[[float], Solution],
-    measure: Callable[[Mapping[str, str]], float],
+    measure: Callable[[Solution], float],
     tolerance: float,
 ) -> Candidate | None:
     """The last resort: a plan without any predicted error, which is float unless budgets forbid
@@ -75,7 +75,7 @@ def _exact(
         solution = solve(0.0)
     except InfeasibleError:  # budgets forbid float
         return None
-    error = measure(solution.assignment)
+    error = measure(solution)
     return Candidate(solution, error, 0.0) if error <= tolerance else None
 
 

@@ -12,6 +12,7 @@ from mpq_fx.errors import ConfigError
 from mpq_fx.graph import Pass
 from mpq_fx.passes.analyze.metric import Metric
 from mpq_fx.passes.analyze.metrics.auto import auto
+from mpq_fx.passes.analyze.metrics.canonical_correlation import canonical_correlation
 from mpq_fx.passes.analyze.metrics.fisher import first_order, fisher, fisher_elementwise
 from mpq_fx.passes.analyze.metrics.heavy_tail import heavy_tail
 from mpq_fx.passes.analyze.metrics.hessian_eigenvalue import eigenvalue_spread, hessian_eigenvalue
@@ -20,6 +21,7 @@ from mpq_fx.passes.analyze.metrics.interlayer_hessian import interlayer_hessian
 from mpq_fx.passes.analyze.metrics.interlayer_kl import interlayer_kl
 from mpq_fx.passes.analyze.metrics.kl_singles import kl_singles
 from mpq_fx.passes.analyze.metrics.local_error import local_error
+from mpq_fx.passes.analyze.metrics.masked import masked
 from mpq_fx.passes.analyze.metrics.measured_pairs import (
     block_pairs,
     measured_pairs,
@@ -27,7 +29,9 @@ from mpq_fx.passes.analyze.metrics.measured_pairs import (
 )
 from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from mpq_fx.passes.analyze.metrics.perturbation_hessian import perturbation_hessian
+from mpq_fx.passes.analyze.metrics.pruning import pruning
 from mpq_fx.passes.analyze.metrics.relevance import relevance
+from mpq_fx.passes.analyze.metrics.taylor import taylor
 from mpq_fx.passes.canonicalize.batch_norm import fold_batch_norm, spell_batch_norm
 from mpq_fx.passes.canonicalize.casts import spell_casts
 from mpq_fx.passes.canonicalize.convolution import spell_convolutions
@@ -74,8 +78,12 @@ METRICS: Catalog[Metric] = Catalog(
         "eigenvalue_spread": eigenvalue_spread,
         "perturbation_hessian": perturbation_hessian,
         "relevance": relevance,
+        "canonical_correlation": canonical_correlation,
+        "pruning": pruning,
+        "taylor": taylor,
         "heavy_tail": heavy_tail,
         "kl": kl_singles,
+        "masked": masked,
         "local_error": local_error,
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
@@ -204,6 +205,32 @@ def test_too_few_calls_can_be_finalized_and_exclude_static_ranges(isolated):
         "a static range needs 3 distinct calls, there were 2",
     )
     assert any("overlap" in note for note in binding.plan.notes)
+
+
+@pytest.mark.parametrize("rows", [4, 1])
+@pytest.mark.parametrize("sensitivity", ["auto", "fisher", "eigenvalue_spread", "kl"])
+def test_one_calibration_call_gives_a_plan_that_says_so(isolated, sensitivity, rows):
+    config = Config(target="reference", tolerance=0.1, sensitivity=sensitivity)
+    for batches in ([batch(0, rows)], [batch(0, rows)] * 4):
+        plan = mpq_fx.tune(Net().eval(), batches, config=config, progress=False)
+        assert plan.notes == (
+            "only 1 distinct calibration call: the parts to fit, choose and report overlap, and "
+            "the error is of the call that the plan was chosen on",
+        )
+        assert all(math.isfinite(value) for value in plan.tables["error"].values.values())
+        assert "there were 1" in plan.ledger[0].refusals["int8*uint8_tensor/static"][0]
+
+
+def test_two_calls_overlap_and_three_do_not(isolated):
+    config = Config(target="reference", tolerance=0.1)
+    notes = [
+        mpq_fx.tune(Net().eval(), list(map(batch, range(n))), config=config, progress=False).notes
+        for n in (2, 3)
+    ]
+    assert notes == [
+        ("only 2 distinct calibration calls: the parts to fit and choose overlap",),
+        (),
+    ]
 
 
 def test_warm_up_calls_of_zeros_do_not_spoil_the_ranges(isolated):

@@ -244,6 +244,41 @@ def test_the_options_that_the_error_names_are_enough(isolated, model):
     }
 
 
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"objective": "error", "tolerance": None, "max_bits": 6.2},
+        {"objective": "error", "max_size": "0.25x"},
+        {"objective": "latency", "tolerance": 0.03},
+    ],
+)
+def test_the_plan_is_the_best_of_all_whose_error_was_measured(model, monkeypatch, wishes):
+    """Plans around the solver's answer are measured, too; one that is better wins."""
+    seen: dict[tuple, float] = {}
+    real = search.joint_error
+
+    def joint_error(measured, assignment):
+        key = tuple(sorted(assignment.items()))
+        assert key not in seen, "a plan was measured twice"
+        seen[key] = real(measured, assignment)
+        return seen[key]
+
+    monkeypatch.setattr(search, "joint_error", joint_error)
+    plan = tune(model, **wishes)
+    assert len(seen) > 1
+    mine = tuple(sorted(named(plan).items()))
+    if wishes["objective"] == "error":
+        assert seen[mine] == min(seen.values())
+    else:
+        cost = {key: sum(plan.tables["latency"].values[item] for item in key) for key in seen}
+        allowed = [key for key, error in seen.items() if error <= wishes["tolerance"]]
+        assert cost[mine] == pytest.approx(min(cost[key] for key in allowed))
+        again = plan.resolve(tolerance=wishes["tolerance"])  # its scale admits what was found
+        assert sum(plan.tables["latency"].values[item] for item in named(again).items()) <= (
+            1.000001 * cost[mine]
+        )
+
+
 def test_a_budget_below_what_no_choice_can_change_is_refused(isolated, model):
     with pytest.raises(InfeasibleError, match="416 of it are used by parts of the model"):
         tune(model, max_size=100.0)

@@ -32,8 +32,8 @@ class World:
             raise InfeasibleError("budgets forbid it")
         return solved(level)
 
-    def measure(self, assignment) -> float:
-        self.asked.append(int(assignment["a"]))
+    def measure(self, solution: Solution) -> float:
+        self.asked.append(int(solution.assignment["a"]))
         return self.true(self.asked[-1] / STEPS)
 
     def bisect(self, tolerance: float, **options):

@@ -50,7 +50,10 @@ class Diagnosis:
 
 
 def explain(problem: Problem, *, time_limit: float = 10.0) -> InfeasibleError:
-    """The error to raise for a problem whose limits no plan meets."""
+    """The error to raise for a problem whose limits no plan meets, or none but excluded ones."""
+    if problem.excluded:
+        known = len(problem.excluded)
+        return InfeasibleError(f"no plan meets the budgets but {known} that are excluded")
     found, limits = diagnose(problem, time_limit=time_limit), limits_of(problem)
     if not found.conflict:
         return no_agreement(problem)

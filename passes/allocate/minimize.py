@@ -57,10 +57,21 @@ class Search:
         return value_of(self.problem, self.name, assignment)
 
     def best(self, plans: Iterable[Mapping[str, str] | None]) -> Mapping[str, str] | None:
-        """The cheapest of the plans that agree in links and meet the limits in floats."""
-        agreed = [p for p in plans if p is not None and is_agreed(self.problem, p)]
+        """The cheapest of the plans that agree in links and meet the limits in floats, and are not
+        excluded.
+        """
+        known = self.problem.excluded
+        found = [p for p in plans if p is not None and dict(p) not in known]
+        agreed = [p for p in found if is_agreed(self.problem, p)]
         good = [p for p in agreed if meets(self.problem, self.limits, p)]
         return min(good, key=self.value, default=None)
+
+    @property
+    def excluded(self) -> tuple[tuple[int, ...], ...]:
+        """The excluded plans by index; one with an option that was dropped cannot come up."""
+        found = (self.form.picks(plan) for plan in self.problem.excluded)
+        whole = (tuple(i for i in picks if i is not None) for picks in found)
+        return tuple(picks for picks in whole if len(picks) == len(self.form.groups))
 
 
 def minimize(search: Search, hint: Mapping[str, str] | None = None) -> Level:
@@ -73,8 +84,8 @@ def minimize(search: Search, hint: Mapping[str, str] | None = None) -> Level:
     """
     search, level = start(search, hint)
     hints = search.form.picks(level.assignment or hint or {})
-    cuts: tuple[tuple[int, ...], ...] = ()
-    rounds = 2 + ROUNDS // max(len(search.form.groups), 1)
+    cuts = search.excluded
+    rounds = len(cuts) + 2 + ROUNDS // max(len(search.form.groups), 1)
     while len(cuts) < rounds and not _is_met(level):
         task = _task(search, level, cuts, hints)
         found = run(task, search.clock)
@@ -92,7 +103,8 @@ def _is_met(level: Level) -> bool:
 def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level]:
     """Fewer options, a first plan and a bound, before CP-SAT sees the problem."""
     hinted = hint if hint is not None and _is_plan(search.form, hint) else None
-    form = drop_dominated(_tight(search))
+    tight = _tight(search)
+    form = tight if search.problem.excluded else drop_dominated(tight)
     relaxed = _relaxed(search, form)
     picks = None if relaxed is None else relaxed.picks
     plan = search.best([hinted, None if picks is None else form.assignment(picks)])
@@ -179,7 +191,7 @@ def _rounded_up(search: Search, level: Level, hints: tuple[int | None, ...]) -> 
     if level.ended:
         return level
     clock = Clock(max(search.clock.limit / 4, search.clock.left / WORK_PER_SECOND))
-    found = run(_task(search, level, (), hints, up=True), clock)
+    found = run(_task(search, level, search.excluded, hints, up=True), clock)
     plan = search.best([search.form.assignment(found.picks)] if found.picks else [])
     if plan is None or search.value(plan) >= level.value:
         return level

@@ -51,6 +51,7 @@ class Problem:
     All units of a tie take the same option, one that each of them offers.  All units of a link take
     options of one class: `classes[unit, option]`, or the option itself where none is named.
     `count_of` makes the resource whose floor is "at least so many units take one of these options".
+    Whole assignments that are `excluded` are no answer: what is known of them came from elsewhere.
     Checked when built.
     """
 
@@ -63,6 +64,7 @@ class Problem:
     budgets: Mapping[str, float] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     forced: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[Mapping[str, str], ...] = ()
     floors: Mapping[str, float] = field(default_factory=dict)
     peaks: Mapping[str, Peak] = field(default_factory=dict)
     links: tuple[tuple[str, ...], ...] = ()
@@ -181,12 +183,16 @@ def quantities_of(problem: Problem) -> tuple[str, ...]:
 
 
 def is_feasible(problem: Problem, assignment: Mapping[str, str]) -> bool:
-    """One offered option per unit, ties equal, links agreed, forced kept, every limit met."""
+    """One offered option per unit, ties equal, links agreed, forced kept, every limit met, not
+    excluded.
+    """
     offered = all(assignment.get(u) in offers for u, offers in problem.options.items())
     tied = all(len({assignment.get(u) for u in tie}) <= 1 for tie in problem.ties)
     kept = all(assignment.get(u) == o for u, o in problem.forced.items())
-    is_consistent = offered and tied and kept and is_agreed(problem, assignment)
-    return is_consistent and meets(problem, limits_of(problem), assignment)
+    if not (offered and tied and kept and is_agreed(problem, assignment)):
+        return False
+    fits = meets(problem, limits_of(problem), assignment)
+    return fits and dict(assignment) not in problem.excluded
 
 
 def meets(problem: Problem, limits: Mapping[str, float], assignment: Mapping[str, str]) -> bool:
@@ -219,6 +225,7 @@ def _check_names(problem: Problem) -> None:
     _refuse_unknown("forced", problem.forced, problem.options)
     offered = {(u, o) for u, offers in problem.options.items() for o in offers}
     _refuse_unknown("classes", problem.classes, offered)
+    _refuse_unknown("excluded", (u for plan in problem.excluded for u in plan), problem.options)
 
 
 def _refuse_unknown(role: str, names: Iterable[Any], known: Iterable[Any]) -> None:

@@ -110,6 +110,28 @@ def test_equals_brute_force_in_every_objective_and_in_feasibility(problem):
     assert within(got.bound, want.values[problem.objective[0]])
 
 
+@settings(max_examples=150)
+@given(problems(), st.integers(1, 4))
+def test_excluding_the_answers_so_far_gives_the_next_best(problem, count):
+    for _ in range(count):
+        want, got = solved(brute_force, problem), solved(cp_sat, problem)
+        assert (want is None) == (got is None)
+        if want is None or got is None:
+            return
+        assert is_feasible(problem, got.assignment)
+        for name in problem.objective:
+            assert got.values[name] == pytest.approx(want.values[name], rel=3e-9, abs=1e-12)
+        assert within(got.bound, want.values[problem.objective[0]])
+        problem = replace(problem, excluded=(*problem.excluded, got.assignment))
+
+
+def test_with_every_plan_excluded_the_error_says_so():
+    options, table = {"a": ("w8", "w4")}, {("a", "w8"): 1.0, ("a", "w4"): 2.0}
+    problem = Problem(options, table, ("error",), excluded=({"a": "w8"}, {"a": "w4"}))
+    with pytest.raises(InfeasibleError, match="no plan meets the budgets but 2 that are excluded"):
+        cp_sat.solve(problem)
+
+
 @settings(max_examples=100)
 @given(problems())
 @on_rich_problems

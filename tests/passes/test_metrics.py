@@ -34,6 +34,7 @@ FLOAT, INT8 = Choice("float32", "float32"), Choice("int8", "float32")
 INT4, BF16 = Choice("int4", "float32"), Choice("bfloat16", "bfloat16")
 
 CURVED = ("hessian_eigenvalue", "eigenvalue_spread", "perturbation_hessian", "relevance")
+DISTURBED = ("pruning", "taylor", "masked")
 
 
 def task_of(net: Subject, *choices: Choice, ties=()) -> Task:
@@ -76,7 +77,11 @@ def test_fewer_bits_and_louder_branches_hurt_more(name):
     table = METRICS[name](task_of(net, INT8, INT4))
     sites = [site.name for site in net.sites]
     assert all(table.values[s, INT4.name] > table.values[s, INT8.name] for s in sites)
-    if name not in ("local_error", "heavy_tail"):  # which do not look at the outputs
+    if name not in (
+        "local_error",
+        "heavy_tail",
+        "canonical_correlation",
+    ):  # which do not look at the outputs
         loud, middle, quiet = (table.values[s, INT4.name] for s in sites)
         assert loud > middle > quiet
 
@@ -193,7 +198,7 @@ def test_a_layer_that_nothing_reads_on_has_no_curvature():
     net = subject(muted, (values(12, 16), values(12, 16)), 5, 16)
     loud, mute = (site.name for site in net.sites)
     forward = ("measured", "kl", "fisher", "hessian_trace", "first_order", "fisher_elementwise")
-    for name in (*forward, *CURVED):
+    for name in (*forward, *CURVED, *DISTURBED):
         table = METRICS[name](task_of(net, INT4))
         assert table.values[mute, INT4.name] <= 1e-12 < table.values[loud, INT4.name], name
 

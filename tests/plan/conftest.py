@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
+from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
+from mpq_fx.cli import main
 from mpq_fx.encoding import parse_choice
 from mpq_fx.facts import Plan, Row, Site, SolverFacts, Table
 
@@ -199,3 +203,39 @@ def small() -> Plan:
             }
         },
     )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return lambda *args: CliRunner().invoke(main, list(map(str, args)))
+
+
+@pytest.fixture
+def tuned(monkeypatch, small):
+    """mpq_fx.tune replaced by a record of its arguments."""
+    import mpq_fx
+
+    calls = []
+
+    def tune(model, batches, **given):
+        calls.append((model, batches, given))
+        return small
+
+    monkeypatch.setattr(mpq_fx, "tune", tune, raising=False)
+    return calls
+
+
+@pytest.fixture
+def nets(monkeypatch):
+    """A user's module of factories."""
+    module = ModuleType("nets")
+    module.net = lambda: "model"
+    module.both = lambda: ("model", ["batch"])
+    module.data = lambda: ["other"]
+    module.rows = ["row"]
+    module.score = lambda model: 0.9
+    module.broken = lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "nets", module)
+    return module

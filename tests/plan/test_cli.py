@@ -10,22 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from click.testing import CliRunner
 
 import mpq_fx.cli
-from mpq_fx.cli import main
 from mpq_fx.config import Config
 from mpq_fx.doctor import Examination, TargetFacts, examine, printed, torch_problems
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.lower import cpu
 from mpq_fx.plan import load, save
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return lambda *args: CliRunner().invoke(main, list(map(str, args)))
 
 
 @pytest.fixture
@@ -92,35 +83,6 @@ def test_a_folder_that_does_not_exist_is_named(run, plan):
     done = run("report", plan, "-o", "no/page.html")
     assert done.exit_code == 2
     assert "mkdir -p no" in done.stderr
-
-
-@pytest.fixture
-def tuned(monkeypatch, small):
-    """mpq_fx.tune replaced by a record of its arguments."""
-    import mpq_fx
-
-    calls = []
-
-    def tune(model, batches, **given):
-        calls.append((model, batches, given))
-        return small
-
-    monkeypatch.setattr(mpq_fx, "tune", tune, raising=False)
-    return calls
-
-
-@pytest.fixture
-def nets(monkeypatch):
-    """A user's module of factories."""
-    module = ModuleType("nets")
-    module.net = lambda: "model"
-    module.both = lambda: ("model", ["batch"])
-    module.data = lambda: ["other"]
-    module.rows = ["row"]
-    module.score = lambda model: 0.9
-    module.broken = lambda: 1 / 0
-    monkeypatch.setitem(sys.modules, "nets", module)
-    return module
 
 
 def test_tune_writes_a_plan(run, tuned, nets, small, tmp_path):
@@ -207,6 +169,14 @@ def test_every_field_of_config_is_an_option_with_its_default_and_comment(run):
         ),
         (("tune", "nets:absent", "-o", "p.json"), "nets has no 'absent'"),
         (("tune", "nets:net", "-o", "p.json"), "without batches to calibrate on"),
+        (("tune", "nets:net", "-o", "p.json"), "--synthetic distilled:32x3x224x224"),
+        (("tune", "nets:both", "-o", "p.json", "--synthetic", "distilled"), "is not METHOD:SHAPE"),
+        (("tune", "nets:both", "-o", "p.json", "--synthetic", "distil:8x8"), "is not METHOD:SHAPE"),
+        (("tune", "nets:both", "-o", "p.json", "--synthetic", "sampled:8"), "is not METHOD:SHAPE"),
+        (
+            ("tune", "nets:net", "-o", "p", "--synthetic", "sampled:8x8", "--batches", "nets:data"),
+            "two sources of inputs",
+        ),
         (("tune", "nets:both", "-o", "p.json", "--tolerance", "-1"), "tolerance=-1"),
         (("tune", "nets:both", "-o", "p.json", "--max-size", "half"), "max_size='half'"),
         (

@@ -6,13 +6,13 @@ of an error reaches the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.calibrate import calibrated
-from mpq_fx.passes.analyze.linearize import linearize, local_errors
+from mpq_fx.passes.analyze.linearize import Linearized, linearize, local_errors
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
 
 
@@ -27,6 +27,19 @@ def local_error(task: Task) -> Table:
 
     passes = 1 + task.count / max(1, len(task.units))
     return calibrated(task, averaged("local_error", task, each, forward_passes=passes))
+
+
+def weighed(
+    task: Task, at: Linearized, scores: Mapping[str, float], is_wanted: IsWanted
+) -> Iterator[tuple[Unit, Choice, float]]:
+    """Σ score_u · ‖e_u(c)‖² / ‖y_u‖² over the sites of a unit; those without a score add nothing.
+
+    How a score of layers becomes one of choices: what ranks layers says nothing of their formats.
+    """
+    for unit, choice in task.changes(is_wanted):
+        errors = local_errors(task.replay, at, unit, choice)
+        powers = (scores.get(s, 0.0) * relative_power(e, at.results[s]) for s, e in errors.items())
+        yield unit, choice, sum(powers)
 
 
 def relative_power(error: Tensor, y: Tensor) -> float:

@@ -15,14 +15,9 @@ from torch import Tensor
 
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.calibrate import calibrated
-from mpq_fx.passes.analyze.linearize import (
-    Linearized,
-    linearize,
-    local_errors,
-    pull_back,
-)
+from mpq_fx.passes.analyze.linearize import Linearized, linearize, pull_back
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
-from mpq_fx.passes.analyze.metrics.local_error import relative_power
+from mpq_fx.passes.analyze.metrics.local_error import weighed
 from mpq_fx.passes.analyze.replay import is_logits
 
 
@@ -33,11 +28,8 @@ def relevance(task: Task) -> Table:
         at = linearize(task.replay, record)
         passed = relevances(task, at)
         total = sum(float(r.abs().sum()) for r in passed.values()) or 1.0
-        for unit, choice in task.changes(is_wanted):
-            errors = local_errors(task.replay, at, unit, choice)
-            shares = {s: float(passed[s].abs().sum()) / total for s in errors if s in passed}
-            powers = (p * relative_power(errors[s], at.results[s]) for s, p in shares.items())
-            yield unit, choice, sum(powers)
+        shares = {site: float(r.abs().sum()) / total for site, r in passed.items()}
+        yield from weighed(task, at, shares, is_wanted)
 
     passes = 3 + task.count / max(1, len(task.units))
     return calibrated(task, averaged("relevance", task, each, forward_passes=passes))
