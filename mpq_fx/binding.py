@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from torch.fx import GraphModule
 from mpq_fx.facts import Plan
 from mpq_fx.passes.lower.constants import Recipe, evaluate
 from mpq_fx.watch import Watch
+
+Sizes = tuple[tuple[int, ...], ...]  # of the tensors of a call, parameters aside
 
 RECORD_BYTES = 1 << 28  # bound on the inputs kept for calibration
 
@@ -50,6 +53,7 @@ class Binding:
     records: list[tuple[Any, ...]] = field(default_factory=list)
     losses: tuple[Callable[..., Any], ...] = ()  # of the outputs of each record, in `tune`
     calls: int = 0
+    shapes: Counter[Sizes] = field(default_factory=Counter)  # calls of each, repeated ones too
     plan: Plan | None = None
     reason: str = "observing"  # why this runs in float; "" once installed
     installed: Installed | None = None
@@ -132,6 +136,10 @@ def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str,
     binding = Binding(tuple(names), (), sites)
     binding.adopt(parameters)
     return binding
+
+
+def sizes_of(record: Sequence[Any]) -> Sizes:
+    return tuple(tuple(x.shape) for x in record if isinstance(x, Tensor))
 
 
 def record_bytes(record: Sequence[Any]) -> int:

@@ -35,6 +35,7 @@ from mpq_fx.plan import load
 from mpq_fx.registry import all_bindings, naming_root, site_names
 from mpq_fx.search import Judge, search
 from mpq_fx.settle import settle
+from mpq_fx.shapes import Code
 
 log = logging.getLogger("mpq_fx")
 NO_ERROR = "no floating output, so the error of a plan cannot be measured"
@@ -102,15 +103,17 @@ def optimize(
     binding: Binding,
     config: Config,
     judge: Judge | None = None,
+    others: Sequence[Code] = (),
 ) -> None:
     """Observed binding in; plan solved, verified and installed.
 
-    With `judge` (in `tune`) the user's metric takes the place of the error in the bisection.
+    With `judge` (in `tune`) the user's metric takes the place of the error in the bisection.  Calls
+    of `others`, which run in the same plan in other shapes, count in its latency.
     """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         # Tables of error, latency and bytes.
-        measured = measure(graph, binding, config, clock, run_float)
+        measured = measure(Code(graph, binding, run_float), config, clock, others)
         log.debug("measured in %s", clock.timings)
         if judge is not None:
             measured = replace(measured, tolerance=None)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("latency", "size", "error")
 ON_ERROR = ("raise", "float")
-RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops")
+RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops", "max_activation_memory")
+FLOOR = "min_bits"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Config:
     max_latency: float | str | None = None  # ms, or "0.5x" of float
     max_size: float | str | None = None  # bytes of weights, or "0.5x"
     max_bits: float | str | None = None  # mean bits over site weights, scales included
+    min_bits: float | str | None = None  # with max_bits: a window
     max_bops: float | str | None = None  # multiply-accumulates × bits × bits
+    max_activation_memory: float | str | None = None  # bytes between ops at the peak of a call
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     solver: str = "cp_sat"  # of the allocation problem
@@ -48,18 +51,20 @@ class Config:
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("on_error", self.on_error, ON_ERROR)
         _check_tolerance(self.tolerance)
-        for name in RELATIVE_BUDGETS:
+        for name in (*RELATIVE_BUDGETS, FLOOR):
             _check_budget(name, getattr(self, name))
         _check_number("calibration_calls", self.calibration_calls, least=3, whole=True)
         _check_number("time_budget", self.time_budget, least=0.0)
         _check_conflicts(self)
+        _check_window(self)
         object.__setattr__(self, "formats", _as_rules("formats", self.formats))
         _check_names(self)
 
     @property
     def budgets(self) -> tuple[str, ...]:
-        """The names of the budgets that are set, the tolerance apart."""
-        return tuple(name for name in RELATIVE_BUDGETS if getattr(self, name) is not None)
+        """The names of the budgets that are set, a floor among them, the tolerance apart."""
+        named = (*RELATIVE_BUDGETS, FLOOR)
+        return tuple(name for name in named if getattr(self, name) is not None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -143,7 +148,7 @@ def _is_positive(value: float) -> bool:
 
 
 def _check_conflicts(config: Config) -> None:
-    if config.objective == "error" and not config.budgets:
+    if config.objective == "error" and not {*config.budgets} - {FLOOR}:
         raise ConfigError(
             "objective='error' without a budget is the float model itself",
             fix='add one, for example options={"objective": "error", "max_size": "0.5x"}',
@@ -157,6 +162,19 @@ def _check_conflicts(config: Config) -> None:
         raise ConfigError(
             "tolerance=None with objective='latency' allows any error at all",
             fix='name a tolerance: options={"tolerance": 0.05}',
+        )
+
+
+def _check_window(config: Config) -> None:
+    """Two numbers, or two shares: what is a share of float is not known yet."""
+    low, high = config.min_bits, config.max_bits
+    if low is None or high is None or isinstance(low, str) != isinstance(high, str):
+        return
+    least, most = budget(low, 1.0), budget(high, 1.0)
+    if least is not None and most is not None and least > most:
+        raise ConfigError(
+            f"min_bits={low!r} is above max_bits={high!r}: no mean lies between",
+            fix=f'options={{"min_bits": {high!r}}} or less',
         )
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpq_fx.activation_memory import peak
 from mpq_fx.binding import Binding, fresh
 from mpq_fx.build import caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
-from mpq_fx.facts import Plan, Row, Site, Table
+from mpq_fx.facts import Live, Plan, Row, Site, Table
 from mpq_fx.measure import Measured, Parts, parse
-from mpq_fx.passes.analyze.activation_memory import peak
 from mpq_fx.passes.analyze.replay import worst_error
 from mpq_fx.resolve import OBJECTIVES, point_of, solver_facts, trade_offs
 from mpq_fx.search import replayed_error
@@ -60,6 +60,7 @@ def describe(
         baseline=settled.found.baseline,
         tables=tables,
         ties=ties,
+        live=tuple(_live_in(found, names) for found in measured.live),
         error_scale=settled.found.candidate.scale or 1.0,
         solver=solver_facts(settled.found.candidate.solution),
         timings=dict(clock.timings),
@@ -181,7 +182,10 @@ def _notes(
             f"the error on the calls kept for the report is {error:.3g}, above the "
             f"{measured.tolerance:.3g} that the plan keeps on those it was chosen on"
         )
-    notes += _missed_latency(settled)
+    shapes = measured.tables["latency"].provenance["shapes"]
+    if shapes > 1:
+        notes.append(f"latency of layers is the mean over the calls seen, in {shapes} shapes")
+    notes += _missed_latency(settled) if shapes == 1 else []
     if settled.winner.label != "plan":
         notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
     return tuple(notes)
@@ -228,6 +232,10 @@ def _renamed(table: Table, names: Mapping[str, str]) -> Table:
 
     pairs = {(names[u], c, names[v], d): ms for (u, c, v, d), ms in table.pairs.items()}
     return replace(table, values=rename(table.values), spread=rename(table.spread), pairs=pairs)
+
+
+def _live_in(live: Live, names: Mapping[str, str]) -> Live:
+    return tuple(replace(v, deciding=tuple(sorted(names[s] for s in v.deciding))) for v in live)
 
 
 def _scales(measured: Measured, names: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -90,6 +90,18 @@ class Table:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # samples, passes, seconds, weights
 
 
+@dataclass(frozen=True)
+class Value:
+    """What one op makes: its bytes in the user's precision, and the sites that decide on it."""
+
+    bytes: int
+    itemsize: int
+    deciding: tuple[str, ...] = ()  # of these the format is, if they agree; none: the user's own
+
+
+Live = tuple[Value, ...]  # what is in memory at one op
+
+
 SYNTHETIC = "synthetic"  # key of a plan's provenance: its calibration inputs, if nobody's data
 INDUCTOR = "inductor float"  # the user's own graph, compiled as without mpq
 
@@ -144,6 +156,7 @@ class Plan:
     baseline: Mapping[str, float] = field(default_factory=dict)  # latency, size, … of float, whole
     tables: Mapping[str, Table] = field(default_factory=dict)  # error, latency, size, bits, bops
     ties: tuple[tuple[str, ...], ...] = ()  # sites that share a choice
+    live: tuple[Live, ...] = ()  # values between ops, where they may be the peak
     error_scale: float = 1.0  # predicted error budget / tolerance², found by bisection
     solver: SolverFacts | None = None
     points: tuple[Mapping[str, Any], ...] = ()  # of the frontier of error and latency
@@ -169,7 +182,7 @@ class Plan:
 
     def resolve(self, **wishes: Any) -> Plan:
         """Solve again without data: objective, tolerance, max_latency, max_size, max_bits,
-        max_bops.
+        min_bits, max_bops, max_activation_memory.
         """
         return import_module("mpq_fx.resolve").resolve(self, **wishes)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes
+from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes, sizes_of
 from mpq_fx.config import Config
 from mpq_fx.errors import MpqError, first_line
 from mpq_fx.facts import Site
@@ -20,6 +20,7 @@ from mpq_fx.facts import Site
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
     from mpq_fx.search import Judge
+    from mpq_fx.shapes import Code
 
 log = logging.getLogger("mpq_fx")
 
@@ -63,7 +64,9 @@ class Lifecycle:
             return self._run(binding, parameters, args)
         return self._run_float(binding, args)
 
-    def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
+    def finalize(
+        self, binding: Binding, judge: Judge | None = None, others: Sequence[Code] = ()
+    ) -> None:
         """Solve with what was seen.
 
         Whatever goes wrong, the binding runs on in float, and no later call tries again by itself;
@@ -74,7 +77,7 @@ class Lifecycle:
                 return
             binding.reason = "solving"
             try:
-                self._optimize(binding, self.config, judge)
+                self._optimize(binding, self.config, judge, others)
             except Exception as error:  # the user's mistake, or that of a compiler, or no memory
                 what = error.what if isinstance(error, MpqError) else first_line(error)
                 binding.keep_float(what)
@@ -148,6 +151,7 @@ class Lifecycle:
 
     def _keep(self, binding: Binding, record: tuple[Any, ...]) -> None:
         binding.calls += 1
+        binding.shapes[sizes_of(record)] += 1
         if not is_telling(record) or any(_equal(record, r) for r in binding.records):
             return
         kept = sum(map(record_bytes, binding.records))

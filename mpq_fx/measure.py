@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mpq_fx.binding import Binding, fresh
+from mpq_fx.activation_memory import contenders
+from mpq_fx.binding import Binding
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
-from mpq_fx.facts import Choice, Site, Table
+from mpq_fx.facts import Choice, Live, Site, Table
 from mpq_fx.formats import format_named
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.allocate.problem import ERROR, NOISE
-from mpq_fx.passes.analyze.activation_memory import Live, live_sets
-from mpq_fx.passes.analyze.cost import latency, sizes
-from mpq_fx.passes.analyze.edges import find_edges
+from mpq_fx.passes.analyze.activation_memory import live_sets
+from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
@@ -36,8 +36,8 @@ from mpq_fx.passes.analyze.replay import (
     worst_error,
 )
 from mpq_fx.passes.analyze.trace import trace
-from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
+from mpq_fx.shapes import Code, Timed, complete, mean_latency, shapes_of
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -76,13 +76,12 @@ class Measured:
     float_ms: float | None  # of one call as Inductor compiles it; None where nothing is timed
     ties: tuple[tuple[str, ...], ...]
     excluded: frozenset[int]  # outputs that are caches
-    live: tuple[Live, ...]  # values between ops: what is in memory at once
+    live: tuple[Live, ...]  # values between ops: what is in memory at once, where it may be most
 
 
-def measure(
-    graph: Graph, binding: Binding, config: Config, clock: Clock, run_float: Callable[..., Any]
-) -> Measured:
-    """Observe, propose and measure one binding."""
+def measure(code: Code, config: Config, clock: Clock, others: Sequence[Code] = ()) -> Measured:
+    """Observe, propose and measure one binding; `others` ran its sites in other shapes."""
+    graph, binding = code.graph, code.binding
     target, values = available(target_named(config.target)), binding.values()
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
@@ -92,9 +91,9 @@ def measure(
         seen = observe(replay, parts.fit)
         proposal = _proposal(graph, binding, config, target, seen)
         replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
-        first, *others = parts.choose
+        first, *rest = parts.choose
         traced = trace(replay, first)
-        references = (traced.outputs, *(replay.run(record, {}) for record in others))
+        references = (traced.outputs, *(replay.run(record, {}) for record in rest))
         tied = ties(graph, proposal)
         check_outputs(references, graph.caches)
     with clock.stage("yardstick"):
@@ -103,21 +102,15 @@ def measure(
     task = Task(replay, proposal.options, parts.choose, tied, graph.caches, losses=losses)
     errors = _error_tables(METRICS.named(config.sensitivity), task, clock)
     with clock.stage("latency table"):
-        sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
-        edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
-        ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
-        float_ms = _float_ms(target, run_float, parts.choose[0])
+        sites = traced.concrete(graph.sites)
+        live = contenders(live_sets(replay, traced), proposal.options)
+        local = {name: site for site, name in binding.site_names.items()}
+        timed = Timed(local, proposal.options, tied, target, config.cache_dir)
+        ms, float_ms = mean_latency(shapes_of((code, *others), clock), timed, clock)
     tables = {**errors, "latency": ms, **sizes(sites, proposal.options)}
     found = (target, sites, values, parts, replay, proposal, seen, references)
     limits = (tolerance_of(config, yardstick), yardstick)
     return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)
-
-
-def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
-    if not target.is_timed:
-        return None
-    args = fresh(record)
-    return milliseconds(lambda: run_float(*args))
 
 
 def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
@@ -179,13 +172,6 @@ def split(records: Sequence[T]) -> Parts[T]:
     fit = records[: max(1, len(records) - 2 * quarter)]
     choose, report = records[-2 * quarter : -quarter], records[-quarter:]
     return Parts(tuple(fit), tuple(choose or records[:1]), tuple(report))
-
-
-def complete(graph: Graph, record: Record, values: Mapping[str, Tensor]) -> Record:
-    """A recorded call with the present parameters put back in their places."""
-    return tuple(
-        values[graph.names[k]] if k in graph.parameters else x for k, x in enumerate(record)
-    )
 
 
 def check_finite(values: Mapping[str, Tensor], paths: Mapping[str, str]) -> None:

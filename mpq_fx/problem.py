@@ -6,7 +6,9 @@ error)
 max_latency  rest + Σ ms          ≤ ms of a call          rest = what no site accounts for
 max_size     rest + Σ bytes       ≤ bytes
 max_bits     Σ share of mean bits ≤ mean bits
+min_bits     Σ share of mean bits ≥ mean bits
 max_bops     Σ MAC · bits · bits  ≤ bops
+max_activation_memory: Σ bytes of the values that are live at an op, for every op  ≤ bytes
 """
 
 from __future__ import annotations
@@ -14,15 +16,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from mpq_fx.activation_memory import Options, changes
 from mpq_fx.config import Config, budget
+from mpq_fx.encoding import parse_choice
 from mpq_fx.errors import InfeasibleError
-from mpq_fx.facts import Table
+from mpq_fx.facts import Live, Table
 from mpq_fx.passes.allocate import Problem, diagnose
-from mpq_fx.passes.allocate.infeasible import OPTION
-from mpq_fx.passes.allocate.problem import ERROR, NOISE
+from mpq_fx.passes.allocate.infeasible import OPTION, no_agreement, unsigned
+from mpq_fx.passes.allocate.problem import (
+    ERROR,
+    MINUS,
+    NOISE,
+    Condition,
+    Peak,
+    Term,
+    limits_of,
+)
 
-RESOURCES = {"max_latency": "latency", "max_size": "size", "max_bits": "bits", "max_bops": "bops"}
-UNIT = {"max_latency": " ms", "max_size": " bytes"}
+MEMORY = "activation_memory"
+RESOURCES = {
+    "max_latency": "latency",
+    "max_size": "size",
+    "max_bits": "bits",
+    "max_bops": "bops",
+    "max_activation_memory": MEMORY,
+}
+FLOORS = {"min_bits": "bits"}
+LIMITED = {**RESOURCES, **FLOORS}  # option -> quantity
+WHOLE = ("bits", MEMORY)  # what no part of the model uses besides the units
+UNIT = {"max_latency": " ms", "max_size": " bytes", "max_activation_memory": " bytes"}
 OBJECTIVES = {
     "latency": ("latency", "error"),
     "size": ("size", "latency", "error"),
@@ -34,23 +56,25 @@ def numbers(config: Config, baseline: Mapping[str, float]) -> dict[str, float]:
     """The budgets of a Config as numbers; shares such as "0.5x" are of the float model."""
     found = {
         name: budget(getattr(config, name), baseline[resource])
-        for name, resource in RESOURCES.items()
+        for name, resource in LIMITED.items()
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
-def problem(
+def problem(  # noqa: PLR0913 -- all that a problem is made of
     tables: Mapping[str, Table],
     *,
     objective: str,
     budgets: Mapping[str, float],
     baseline: Mapping[str, float],
     ties: Sequence[Sequence[str]] = (),
+    live: Sequence[Live] = (),
     scale: float = 1.0,
 ) -> Problem:
     """The allocation problem of one set of tables; `budgets` as `numbers` gives them + tolerance.
 
-    Raises InfeasibleError for a budget below what is fixed in the model.
+    `live` are the values in memory at once.  Raises InfeasibleError for a budget below what is
+    fixed in the model.
     """
     options: dict[str, tuple[str, ...]] = {}
     for unit, option in tables["error"].values:
@@ -72,9 +96,27 @@ def problem(
         resources=resources,
         edges={name: dict(tables[name].pairs) for name in resources if tables[name].pairs},
         budgets=limits,
+        floors={FLOORS[name]: value for name, value in budgets.items() if name in FLOORS},
+        peaks=_peaks(options, live),
         objective=OBJECTIVES[objective],
         ties=tuple(map(tuple, ties)),
     )
+
+
+def _peaks(options: Mapping[str, tuple[str, ...]], live: Sequence[Live]) -> dict[str, Peak]:
+    if not live:
+        return {}
+    choices = {unit: [parse_choice(name) for name in names] for unit, names in options.items()}
+    return {MEMORY: tuple(_sum(found, choices) for found in live)}
+
+
+def _sum(found: Live, options: Options) -> tuple[Term, ...]:
+    """Bytes of the values that are live at one op."""
+    terms = [Term(float(value.bytes)) for value in found]
+    for change in (change for value in found for change in changes(value, options)):
+        when = tuple(Condition(site, names) for site, names in change.choices.items())
+        terms.append(Term(float(change.bytes), when))
+    return tuple(terms)
 
 
 def unchanged(asked: Problem) -> dict[str, str]:
@@ -85,9 +127,10 @@ def unchanged(asked: Problem) -> dict[str, str]:
 def fixed(tables: Mapping[str, Table], baseline: Mapping[str, float], name: str) -> float:
     """What the float model uses outside the units: the part of a budget that no choice can change.
 
-    0 for mean bits, which speak of the weights of units only.
+    0 for mean bits, which speak of the weights of units only, and for what is live at once, which
+    is counted in full.
     """
-    if name == "bits":
+    if name in WHOLE:
         return 0.0
     first: dict[str, str] = {}  # the first option of a unit is the precision of the user's model
     for unit, option in tables[ERROR].values:
@@ -110,30 +153,37 @@ def in_user_units(
 
 def unreachable(asked: Problem, convert: Callable[[str, float], float]) -> InfeasibleError:
     """The solver's diagnosis in the user's own words; `convert` is `in_user_units` of the model."""
-    found = diagnose(asked)
+    found, limits = diagnose(asked), limits_of(asked)
+    if not found.conflict:
+        return no_agreement(asked)
+
+    def in_units(name: str, value: float) -> float:
+        return convert(name.removeprefix(MINUS), unsigned(name, value))
 
     def said(name: str, value: float) -> str:
-        return words(OPTION[name], convert(name, value))
+        return words(OPTION[name], in_units(name, value))
 
-    asking = dict.fromkeys(said(n, asked.budgets[n]) for n in found.conflict)
+    asking = dict.fromkeys(said(n, limits[n]) for n in found.conflict)
     lines = ["no plan meets " + " and ".join(asking)]
     for name in found.conflict:
         reachable = [said(name, found.alone[name])]
-        if len(asked.budgets) > 1 and found.kept[name] < math.inf:
+        if len(limits) > 1 and found.kept[name] < math.inf:
             reachable.append(said(name, found.kept[name]) + " with the other budgets kept")
         lines.append("    within reach: " + ", ".join(reachable))
     grown: dict[str, float] = {}
     for n, at in found.reachable.items():
-        if at > asked.budgets[n]:
-            enough = round_up(convert(n, at), digits=4)
+        if at > limits[n]:
+            rounded = round_down if n.startswith(MINUS) else round_up
+            enough = rounded(in_units(n, at), digits=4)
             grown[OPTION[n]] = max(enough, grown.get(OPTION[n], 0.0))
     fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
     return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
 
 
 def words(option: str, value: float) -> str:
-    """ "max_latency <= 9 ms" """
-    return f"{option} <= {value:.4g}{UNIT.get(option, '')}"
+    """ "max_latency <= 9 ms", "min_bits >= 4" """
+    relation = ">=" if option in FLOORS else "<="
+    return f"{option} {relation} {value:.4g}{UNIT.get(option, '')}"
 
 
 def round_up(value: float, digits: int = 2) -> float:
@@ -142,6 +192,14 @@ def round_up(value: float, digits: int = 2) -> float:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}")
+
+
+def round_down(value: float, digits: int = 2) -> float:
+    """The number of so many digits below: a floor that is printed must be in reach when typed."""
+    if value <= 0.0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.floor(value / unit + 1e-9) * unit:.{digits}g}")
 
 
 def _reachable(name: str, value: float, rest: float) -> float:

@@ -19,7 +19,8 @@ from mpq_fx.passes.allocate.cp_sat import solve
 from mpq_fx.passes.allocate.frontier import frontier as non_dominated
 from mpq_fx.passes.allocate.problem import ERROR, NOISE, Problem, Solution, values_of
 from mpq_fx.problem import (
-    RESOURCES,
+    LIMITED,
+    MEMORY,
     in_user_units,
     numbers,
     problem,
@@ -29,19 +30,20 @@ from mpq_fx.problem import (
 )
 
 OBJECTIVES = ("latency", "size")  # resources that a plan can be asked to have least of
-WISHES = ("objective", "tolerance", *RESOURCES)
+WISHES = ("objective", "tolerance", *LIMITED)
 PREDICTED = "predicted from the stored tables, not measured"
 
 
 def resolve(plan: Plan, **wishes: Any) -> Plan:
     """argmin objective s.t. budgets, with the options in `wishes` in place of the plan's own.
 
-    `wishes`: objective, tolerance, max_latency, max_size, max_bits, max_bops, as in Config ("0.5x"
-    is of the float model).  A wish of None lifts a budget; one that is not named stays.
+    `wishes`: objective, tolerance, max_latency, max_size, max_bits, min_bits, max_bops,
+    max_activation_memory, as in Config ("0.5x" is of the float model).  A wish of None lifts a
+    budget; one that is not named stays.
     """
     _check_tables(plan)
     config = _config(plan, wishes)
-    unused = dict.fromkeys(RESOURCES.values(), math.nan)  # of what no budget speaks
+    unused = dict.fromkeys(LIMITED.values(), math.nan)  # of what no budget speaks
     budgets = numbers(config, {**unused, **plan.baseline})
     if config.tolerance is not None:
         budgets["tolerance"] = float(config.tolerance)
@@ -74,9 +76,7 @@ def trade_offs(
         raise ConfigError(
             f"{resource!r} is not a resource of this plan", fix=nearest(resource, valid)
         )
-    budgets = {
-        n: v for n, v in plan.budgets.items() if n != "tolerance" and RESOURCES[n] != resource
-    }
+    budgets = {n: v for n, v in plan.budgets.items() if n != "tolerance" and LIMITED[n] != resource}
     asked = _problem(plan, plan.objective, budgets)
     if NOISE not in plan.tables:
         return non_dominated(asked, resource, points, time_limit)
@@ -142,8 +142,9 @@ def _config(plan: Plan, wishes: Mapping[str, Any]) -> Config:
         )
     kept = {name: plan.budgets.get(name) for name in WISHES[1:]}
     config = Config(**{"objective": plan.objective, **kept, **wishes})
-    for name, resource in RESOURCES.items():
-        known = resource in plan.tables and resource in plan.baseline
+    for name, resource in LIMITED.items():
+        is_told = bool(plan.live) if resource == MEMORY else resource in plan.tables
+        known = is_told and resource in plan.baseline
         if getattr(config, name) is not None and not known:
             raise ConfigError(
                 f"this plan holds no table of {resource}, so {name} cannot be met",
@@ -160,6 +161,7 @@ def _problem(plan: Plan, objective: str, budgets: Mapping[str, float]) -> Proble
         budgets=budgets,
         baseline=plan.baseline,
         ties=plan.ties,
+        live=plan.live,
         scale=plan.error_scale,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from mpq_fx.activation_memory import peak
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import InfeasibleError, PluginError
@@ -20,7 +21,7 @@ from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
 from mpq_fx.passes.analyze.mixture import Mixture, mixed
 from mpq_fx.passes.analyze.replay import Replayer, worst_error
-from mpq_fx.problem import in_user_units, numbers, problem, unchanged, unreachable, words
+from mpq_fx.problem import MEMORY, in_user_units, numbers, problem, unchanged, unreachable, words
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def float_baseline(measured: Measured) -> dict[str, float]:
     )
     numel = sum(site.weight_numel for site in measured.sites)
     ms = sums["latency"] if measured.float_ms is None else measured.float_ms
-    return {**sums, "latency": ms, "size": sums["size"] + others, "weights": float(numel)}
+    whole = {"latency": ms, "size": sums["size"] + others, "weights": float(numel)}
+    return {**sums, **whole, MEMORY: float(peak(measured.live, {}))}
 
 
 def _search(
@@ -116,6 +118,7 @@ def _search(
         budgets=limits,
         baseline=baseline,
         ties=measured.ties,
+        live=measured.live,
     )
     evaluator = _evaluator(measured, config, clock, judge)
     name = config.search if measured.sites else "solver"  # without a choice there is nothing to try

@@ -301,7 +301,11 @@ def _is_allowed(
     if judge is not None and drop(measured, judge, assignment) > judge.limit:
         return False
     budgets = {k: v for k, v in found.budgets.items() if k != "tolerance"}
-    return is_feasible(
-        problem(measured.tables, objective="latency", budgets=budgets, baseline=found.baseline),
-        assignment,
+    asked = problem(
+        measured.tables,
+        objective="latency",
+        budgets=budgets,
+        baseline=found.baseline,
+        live=measured.live,
     )
+    return is_feasible(asked, assignment)

@@ -5,6 +5,7 @@ one
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,9 +25,11 @@ from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.loss import Loss, Source, inputs_of
 from mpq_fx.measure import rerun
+from mpq_fx.problem import MEMORY
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
+from mpq_fx.shapes import Code
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
@@ -66,7 +69,8 @@ def tune_model(  # noqa: PLR0913 -- the arguments of tune
             source.hand_over(found)
         for lifecycle, binding in _announced(bar, found):
             if not _is_covered(binding, found):
-                lifecycle.finalize(binding, standard.judge(binding) if standard else None)
+                judge = standard.judge(binding) if standard else None
+                lifecycle.finalize(binding, judge, _other_shapes(binding, found))
         if standard:
             standard.verify(found)
         return _planned(model, found)
@@ -133,10 +137,11 @@ def merged(plans: Sequence[Plan]) -> Plan:
             ledger=(*first.ledger, *other.ledger),
             error=max(first.error or 0.0, other.error or 0.0),
             latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
-            baseline={k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()},
+            baseline=_whole_baseline(first, other),
             activation_bytes=_larger(first.activation_bytes, other.activation_bytes),
             tables={k: _joined(t, other.tables[k]) for k, t in first.tables.items()},
             ties=(*first.ties, *other.ties),
+            live=(*first.live, *other.live),
             notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
             fingerprint={"sites": {**first.fingerprint["sites"], **other.fingerprint["sites"]}},
             tensors={**first.tensors, **other.tensors},
@@ -148,6 +153,12 @@ def merged(plans: Sequence[Plan]) -> Plan:
 def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """Graphs run one after the other: the larger peak is the model's."""
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
+
+
+def _whole_baseline(first: Plan, other: Plan) -> dict[str, float]:
+    """Times and bytes add up; of what is in memory at once the larger peak counts."""
+    sums = {k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()}
+    return {**sums, MEMORY: _larger(first.baseline, other.baseline).get(MEMORY, 0.0)}
 
 
 def _joined(table: Table, other: Table) -> Table:
@@ -189,10 +200,11 @@ class _Standard:
 
         Nothing of the metric's data becomes calibration data.
         """
-        before = {id(b): list(b.records) for _, b in _own(self.model, self.config)}
+        own = [binding for _, binding in _own(self.model, self.config)]
+        before = {id(b): (list(b.records), b.shapes.copy()) for b in own}
         _measured(self.metric, self.compiled)
         for _, binding in _own(self.model, self.config):
-            binding.records[:] = before.get(id(binding), [])
+            binding.records[:], binding.shapes = before.get(id(binding), ([], Counter()))
 
     def judge(self, binding: Binding) -> Judge:
         base, count = _measured(self.metric, self.model)
@@ -282,6 +294,16 @@ def _own(model: torch.nn.Module, config: Config) -> list[tuple[Lifecycle, Bindin
     """The graphs that this tune observed, the best observed first."""
     found = [(lc, b) for lc, b in bindings_of(model) if lc.config is config and lc.sites]
     return sorted(found, key=lambda pair: -len(pair[1].records))
+
+
+def _other_shapes(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) -> tuple[Code, ...]:
+    """Observed graphs that will run in the plan of this one."""
+    names = set(binding.site_names.values())
+    return tuple(
+        Code(lifecycle.graph, other, lifecycle.run_float)
+        for lifecycle, other in found
+        if other is not binding and other.records and set(other.site_names.values()) <= names
+    )
 
 
 def _is_covered(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) -> bool:

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq_fx.passes.allocate.exact import Form, Row
+from mpq_fx.passes.allocate.exact import Form
+from mpq_fx.passes.allocate.rows import Row
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mpq_fx.passes.allocate.problem import (
     Problem,
     Solution,
     is_feasible,
+    limits_of,
     value_of,
     values_of,
     within,
@@ -23,7 +24,7 @@ LARGEST = 1 << 20
 def solve(
     problem: Problem, *, time_limit: float = 10.0, hint: Mapping[str, str] | None = None
 ) -> Solution:
-    """Every assignment, filtered by the budgets, then by one objective after the other.
+    """Every assignment, filtered by what is limited, then by one objective after the other.
 
     `time_limit` and `hint` are those of every solver; the answer depends on neither.
     """
@@ -35,7 +36,7 @@ def solve(
     plans = [dict(zip(problem.options, picks, strict=True)) for picks in every]
     plans = [plan for plan in plans if is_feasible(problem, plan)]
     if not plans:
-        raise InfeasibleError(f"none of {count} assignments meets {dict(problem.budgets)}")
+        raise InfeasibleError(f"none of {count} assignments meets {limits_of(problem)}")
     bounds = {}
     for name in problem.objective:
         values = [value_of(problem, name, plan) for plan in plans]

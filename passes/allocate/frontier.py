@@ -29,15 +29,16 @@ def frontier(
 ) -> tuple[Solution, ...]:
     """Up to `points` non-dominated plans, by growing `resource`, both ends included.
 
-    The budgets of "error" and `resource` are lifted: the frontier shows what lies beyond them.
-    All others are kept.  The largest gap is split next, so few points tell the shape.
+    Budgets and floors of "error" and `resource` are lifted: the frontier shows what lies beyond
+    them.  All others are kept.  The largest gap is split next, so few points tell the shape.
     """
     if points < 2:
         raise ConfigError(f"a frontier has two ends, but points is {points}", fix="points=9")
     kept = {n: at for n, at in problem.budgets.items() if n not in (ERROR, resource)}
+    floors = {n: at for n, at in problem.floors.items() if n not in (ERROR, resource)}
     share = time_limit / (2 * points)
-    cheap = replace(problem, budgets=kept, objective=(resource, ERROR))
-    exact = replace(problem, budgets=kept, objective=(ERROR, resource))
+    cheap = replace(problem, budgets=kept, floors=floors, objective=(resource, ERROR))
+    exact = replace(problem, budgets=kept, floors=floors, objective=(ERROR, resource))
     # Pairs may take all the time, so that there is no plan without one to begin with.
     first = {unit: offers[0] for unit, offers in problem.options.items()}
     left = solve(cheap, time_limit=share, hint=first)

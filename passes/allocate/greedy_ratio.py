@@ -17,18 +17,29 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from mpq_fx.passes.allocate.groups import groups_of
 from mpq_fx.passes.allocate.problem import (
     ERROR,
     Problem,
     coupling_of,
-    groups_of,
     table_of,
     value_of,
     within,
 )
-from mpq_fx.passes.allocate.search import Candidate, Evaluator, Plan, Search, candidate_of
+from mpq_fx.passes.allocate.search import (
+    Candidate,
+    Evaluator,
+    Plan,
+    Search,
+    candidate_of,
+    check_unlinked,
+    unmeant,
+)
+
+if TYPE_CHECKING:
+    from mpq_fx.config import Config
 
 
 class Move(NamedTuple):
@@ -93,6 +104,7 @@ def greedy_ratio(problem: Problem, evaluator: Evaluator) -> Candidate | None:
 
     Once time is over nothing more is asked for: budgets that are not met yet are met by prediction.
     """
+    check_unlinked(problem)
     begin = time.perf_counter()
     groups = groups_of(problem)
     changes = changes_of(problem, {g.members[0]: g.members for g in groups})
@@ -174,4 +186,9 @@ def _loss(evaluator: Evaluator, plan: Plan) -> float:
     return (evaluator.error(plan) / limit) ** evaluator.exponent
 
 
-GREEDY_RATIO = Search(greedy_ratio)
+def refuse(config: Config) -> Iterator[str]:
+    """It goes down, and what a move changes is a sum."""
+    yield from unmeant(config, ("min_bits", "max_activation_memory"))
+
+
+GREEDY_RATIO = Search(greedy_ratio, refuse)

@@ -13,6 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from mpq_fx.passes.allocate.groups import groups_of
 from mpq_fx.passes.allocate.ordered import (
     Assignment,
     IsAllowed,
@@ -21,8 +22,8 @@ from mpq_fx.passes.allocate.ordered import (
     greedy,
     incremental_order,
 )
-from mpq_fx.passes.allocate.problem import Problem, groups_of, table_of
-from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search, candidate_of
+from mpq_fx.passes.allocate.problem import Problem, table_of
+from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search, candidate_of, check_unlinked
 
 if TYPE_CHECKING:
     from mpq_fx.config import Config
@@ -33,9 +34,10 @@ Ordered = Callable[[Assignment, Sequence[str], Order, IsAllowed], Assignment]
 def guided(search: Ordered, problem: Problem, evaluator: Evaluator) -> Candidate | None:
     """The assignment that a search of `ordered` ends with; it was allowed, or is where it started.
 
-    Knows neither budgets nor edges.
+    Knows neither budgets, floors nor edges; links are refused.
     """
     begin = time.perf_counter()
+    check_unlinked(problem)
     members = {group.members[0]: group.members for group in groups_of(problem)}
     start = {unit: problem.options[unit][0] for unit in members}
 

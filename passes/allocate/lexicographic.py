@@ -9,7 +9,7 @@ from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate.exact import form_of
 from mpq_fx.passes.allocate.minimize import Level, Search
 from mpq_fx.passes.allocate.model import Clock
-from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, values_of
+from mpq_fx.passes.allocate.problem import Problem, Solution, is_feasible, limits_of, values_of
 
 Minimize = Callable[[Search, Mapping[str, str] | None], Level]
 
@@ -28,7 +28,7 @@ def descend(
     """One level per objective; each level's value limits the levels after it."""
     if not time_limit > 0:
         raise ConfigError(f"time_limit is {time_limit}", fix="time_limit=10.0, in seconds")
-    form, limits, clock = form_of(problem), dict(problem.budgets), Clock(time_limit)
+    form, limits, clock = form_of(problem), limits_of(problem), Clock(time_limit)
     plan, levels = hint, ()
     for name in problem.objective:
         level = minimize(Search(problem, form, name, limits, clock), plan)

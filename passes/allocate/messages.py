@@ -22,10 +22,9 @@ from mpq_fx.passes.allocate.arrays import (
     neighbors_of,
     received,
 )
-from mpq_fx.passes.allocate.exact import Form, row_of
+from mpq_fx.passes.allocate.exact import Form
 from mpq_fx.passes.allocate.local_search import local_search
 from mpq_fx.passes.allocate.relaxation import (
-    BITS,
     Relaxation,
     Separable,
     ascend,
@@ -33,6 +32,7 @@ from mpq_fx.passes.allocate.relaxation import (
     in_units,
     polish,
     primal,
+    relaxed_rows,
 )
 
 VISITS = 10_000  # of a group by messages, in a second
@@ -47,10 +47,10 @@ def relax_pairs(
 
     Takes as many steps as fit into about `seconds`, whatever the machine's load.
     """
-    objective = row_of(form.quantities[name], None, bits=BITS)
-    budgets = [row_of(form.quantities[at], limit, bits=BITS) for at, limit in limits.items()]
-    if any(row.limit is None or row.limit < 0 for row in budgets):
+    relaxed = relaxed_rows(form, name, limits)
+    if relaxed is None:
         return None
+    objective, budgets = relaxed
     arrays = arrays_of(form, objective, budgets)
     prices, messages = _ascend(arrays, int(VISITS * seconds))
     value, extra = _bound(arrays.priced(prices), prices, messages)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep, row_of
+from mpq_fx.passes.allocate.exact import Form, drop_dominated, keep
+from mpq_fx.passes.allocate.groups import is_agreed
+from mpq_fx.passes.allocate.joined import joined
 from mpq_fx.passes.allocate.messages import relax_pairs
 from mpq_fx.passes.allocate.model import WORK_PER_SECOND, Clock, Run, Task, run
 from mpq_fx.passes.allocate.problem import (
@@ -17,6 +19,7 @@ from mpq_fx.passes.allocate.problem import (
     value_of,
 )
 from mpq_fx.passes.allocate.relaxation import Relaxation, relax
+from mpq_fx.passes.allocate.rows import can_exceed, row_of, rows_of
 
 # ortools 9.15 proved a wrong optimum in 1 of 3,439 random models with pairs whose coefficients had
 # 40 bits (other presolve settings fail on other models), and in none of 4,205 with 30 bits.
@@ -54,10 +57,13 @@ class Search:
         return value_of(self.problem, self.name, assignment)
 
     def best(self, plans: Iterable[Mapping[str, str] | None]) -> Mapping[str, str] | None:
-        """The cheapest of the plans that meet the limits in floats, and are not excluded."""
+        """The cheapest of the plans that agree in links and meet the limits in floats, and are not
+        excluded.
+        """
         known = self.problem.excluded
         found = [p for p in plans if p is not None and dict(p) not in known]
-        good = [p for p in found if meets(self.problem, self.limits, p)]
+        agreed = [p for p in found if is_agreed(self.problem, p)]
+        good = [p for p in agreed if meets(self.problem, self.limits, p)]
         return min(good, key=self.value, default=None)
 
     @property
@@ -97,7 +103,8 @@ def _is_met(level: Level) -> bool:
 def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level]:
     """Fewer options, a first plan and a bound, before CP-SAT sees the problem."""
     hinted = hint if hint is not None and _is_plan(search.form, hint) else None
-    form = search.form if search.problem.excluded else drop_dominated(search.form)
+    tight = _tight(search)
+    form = tight if search.problem.excluded else drop_dominated(tight)
     relaxed = _relaxed(search, form)
     picks = None if relaxed is None else relaxed.picks
     plan = search.best([hinted, None if picks is None else form.assignment(picks)])
@@ -111,14 +118,28 @@ def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level
     return replace(search, form=form), Level(plan, value, bound, ended=False)
 
 
+def _tight(search: Search) -> Form:
+    """The form without what no assignment exceeds, of quantities that are limited and no more."""
+    quantities = {
+        name: parts
+        if name == search.name or name not in search.limits
+        else tuple(part for part in parts if can_exceed(part, search.limits[name]))
+        for name, parts in search.form.quantities.items()
+    }
+    return replace(search.form, quantities=quantities)
+
+
 def _relaxed(search: Search, form: Form) -> Relaxation | None:
     """The relaxation, unless it would take longer than CP-SAT."""
-    if not form.is_coupled:
-        return relax(form, search.name, search.limits)
-    if math.prod(len(group.options) for group in form.groups) <= FEW:
+    count = math.prod(len(group.options) for group in form.groups)
+    if form.is_coupled and count <= FEW:
         return None
+    whole = joined(form)
+    if not form.is_coupled:
+        return whole.apart(relax(whole.form, search.name, search.limits))
     seconds = search.clock.limit * SHARE
-    return relax_pairs(form, search.name, search.limits, seconds=seconds)
+    found = relax_pairs(whole.form, search.name, search.limits, seconds=seconds)
+    return whole.apart(found)
 
 
 def _is_plan(form: Form, hint: Mapping[str, str]) -> bool:
@@ -135,20 +156,29 @@ def _task(
     up: bool = False,
 ) -> Task:
     """The integers of one run; what a known plan costs makes the objective's scale finer."""
-    quantities, limits = search.form.quantities, search.limits
+    form, limits = search.form, search.limits
     most = min(level.value, limits.get(search.name, math.inf))
-    goal = row_of(quantities[search.name], None if math.isinf(most) else most, bits=BITS)
-    rows = tuple(row_of(quantities[n], at, bits=BITS, up=up) for n, at in limits.items())
-    return Task(tuple(len(group.options) for group in search.form.groups), goal, rows, cuts, hints)
+    goal = rows_of(form.quantities[search.name], None if math.isinf(most) else most, bits=BITS)
+    rows = {
+        name: tuple(
+            row_of(part, at, bits=BITS, up=up)
+            for part in form.quantities[name]
+            if can_exceed(part, at)
+        )
+        for name, at in limits.items()
+    }
+    sizes = tuple(len(group.options) for group in form.groups)
+    return Task(sizes, goal, rows, form.links, cuts, hints)
 
 
 def _learned(search: Search, level: Level, task: Task, found: Run) -> Level:
     """The level after a run: a better plan, a better bound, or the end of the search."""
-    scale = {n: row.scale for n, row in zip(search.limits, task.rows, strict=True)}
-    level = replace(level, scale={**scale, search.name: task.objective.scale})
+    goal = task.objective[0]
+    scale = {n: min(row.scale for row in rows) for n, rows in task.rows.items() if rows}
+    level = replace(level, scale={**scale, search.name: goal.scale})
     if found.outcome == "INFEASIBLE":
         return replace(level, bound=level.value, ended=True)
-    bound = max(level.bound, task.objective.bound(found.least))
+    bound = max(level.bound, goal.bound(found.least))
     plan = search.best([search.form.assignment(found.picks)] if found.picks else [])
     if plan is not None and search.value(plan) < level.value:
         level = replace(level, assignment=plan, value=search.value(plan))

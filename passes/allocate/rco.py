@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq_fx.passes.allocate.groups import Group, groups_of
 from mpq_fx.passes.allocate.knapsack import cells_of, knapsack
 from mpq_fx.passes.allocate.manifold import (
     Costs,
@@ -37,13 +38,20 @@ from mpq_fx.passes.allocate.manifold import (
 )
 from mpq_fx.passes.allocate.problem import (
     ERROR,
-    Group,
     Problem,
     coupling_of,
-    groups_of,
     table_of,
 )
-from mpq_fx.passes.allocate.search import Candidate, Evaluator, Plan, Search, Shares, candidate_of
+from mpq_fx.passes.allocate.search import (
+    Candidate,
+    Evaluator,
+    Plan,
+    Search,
+    Shares,
+    candidate_of,
+    check_unlinked,
+    unmeant,
+)
 
 if TYPE_CHECKING:
     from mpq_fx.config import Config
@@ -99,6 +107,7 @@ def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
 
 def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
     """The better, as measured, of the descent's last plan and of the solver's own."""
+    check_unlinked(problem)
     begin = time.perf_counter()
     (name,) = problem.budgets
     plans = [evaluator.solve(problem).assignment]
@@ -209,6 +218,7 @@ def refuse(config: Config) -> Iterator[str]:
         yield f"minimizes the error, and there is objective={config.objective!r}"
     if len(config.budgets) > 1:
         yield f"keeps to one budget, and there are {', '.join(config.budgets)}"
+    yield from unmeant(config, ("min_bits", "max_activation_memory"))
 
 
 RCO = Search(rco, refuse)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpq_fx.passes.allocate.exact import Form, Row, row_of
+from mpq_fx.passes.allocate.exact import Form
+from mpq_fx.passes.allocate.quantity import Quantity
+from mpq_fx.passes.allocate.rows import Row, can_exceed, row_of
 
 BITS = 52  # integers that float64 holds exactly
 SLACK = 1e-11  # of each budget: float sums of 10,000 units stay clear of it
+TIGHTEST = 16  # rows of one limit, the tightest: each takes as long as a budget
 BISECTIONS, SWEEPS, STEPS, REPAIRS = 60, 4, 200, 60
 
 
@@ -53,10 +56,10 @@ class Separable:
 def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | None:
     """The Lagrangian relaxation of min `name` s.t. limits; None if a budget is out of reach."""
     assert not form.is_coupled, "the relaxation separates by unit only without pair terms"
-    objective = row_of(form.quantities[name], None, bits=BITS)
-    rows = [row_of(form.quantities[at], limit, bits=BITS) for at, limit in limits.items()]
-    if any(row.limit is None or row.limit < 0 for row in rows):
+    relaxed = relaxed_rows(form, name, limits)
+    if relaxed is None:
         return None
+    objective, rows = relaxed
     cost = _padded(objective.single, np.inf)
     use = np.zeros((len(rows), *cost.shape))
     for r, row in enumerate(rows):
@@ -68,6 +71,44 @@ def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | No
     return in_units(_search(arrays), objective)
 
 
+def relaxed_rows(
+    form: Form, name: str, limits: Mapping[str, float]
+) -> tuple[Row, tuple[Row, ...]] | None:
+    """Objective and limits without joint terms; None if a limit is out of reach.
+
+    Of an objective that is the largest of several parts the one that is largest at the least.
+    Of the rows of a limit those count that some plan exceeds, at most TIGHTEST of them.
+    """
+    goal = max((shared_out(part) for part in form.quantities[name]), key=lambda part: part.least)
+    rows: list[Row] = []
+    for at, limit in limits.items():
+        parts = (part for part in form.quantities[at] if can_exceed(part, limit))
+        each = [row_of(shared_out(part), limit, bits=BITS) for part in parts]
+        rows += sorted(each, key=_slack)[:TIGHTEST]
+    if any(row.limit is None or row.limit < 0 for row in rows):
+        return None
+    return row_of(goal, None, bits=BITS), tuple(rows)
+
+
+def _slack(row: Row) -> float:
+    """The share of its worst case that a row allows."""
+    return (row.limit or 0) / max(row.most, 1)
+
+
+def shared_out(quantity: Quantity) -> Quantity:
+    """Never more than the quantity: of a saving that n groups make together each makes an n-th; a
+    cost that they have together is left out.
+
+    [all take it] <= the mean of [each takes it].
+    """
+    single = [list(terms) for terms in quantity.single]
+    for meeting, term in quantity.joint.items():
+        for g, options in meeting:
+            for i in options:
+                single[g][i] += min(term, 0) // len(meeting)
+    return replace(quantity, single=tuple(map(tuple, single)), joint={})
+
+
 def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
     table = np.full((len(rows), max(map(len, rows), default=1)), fill)
     for g, row in enumerate(rows):
@@ -76,10 +117,15 @@ def _padded(rows: tuple[tuple[int, ...], ...], fill: float) -> np.ndarray:
 
 
 def in_units(found: Relaxation, objective: Row) -> Relaxation:
-    """Integers of the objective's row -> the quantity's own unit."""
-    # The float error of a sum of terms >= 0 is far below 1e-12 of it; rows have integer values.
+    """Integers of the objective's row -> the quantity's own unit.
+
+    Rows have integer values, so that both the bound and what it is with an option are rounded up.
+    """
+    # The float error of a sum of terms >= 0 is far below 1e-12 of it.
     least = max(math.ceil(found.bound * (1 - 1e-12) - 1e-6), 0)
-    return Relaxation(objective.bound(least), found.picks, found.extra * objective.unit)
+    with_option = np.ceil((found.bound + found.extra) * (1 - 1e-12) - 1e-6)
+    extra = np.maximum(with_option - least, 0.0) * objective.unit
+    return Relaxation(objective.bound(least), found.picks, extra)
 
 
 def _search(arrays: Separable) -> Relaxation:

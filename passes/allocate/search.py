@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import lagrangian
 from mpq_fx.passes.allocate.problem import ERROR, Problem, Solution, is_feasible, values_of, within
 
@@ -70,6 +71,21 @@ class Candidate:
 def nothing(config: Config) -> Iterator[str]:
     """Whatever the user wishes can be searched for."""
     yield from ()
+
+
+def unmeant(config: Config, budgets: tuple[str, ...]) -> Iterator[str]:
+    """Why not, where the user set one of these budgets."""
+    if given := ", ".join(name for name in budgets if name in config.budgets):
+        yield f"cannot keep to {given}"
+
+
+def check_unlinked(problem: Problem) -> None:
+    """ConfigError for a problem with links, if units change one at a time."""
+    if problem.links:
+        raise ConfigError(
+            "this search lowers one unit at a time, and links change several at once",
+            fix='search="solver"',
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpq_fx.errors import InfeasibleError
@@ -30,59 +30,8 @@ from mpq_fx.passes.allocate.exact import form_of
 from mpq_fx.passes.allocate.messages import relax_pairs
 from mpq_fx.passes.allocate.minimize import Search, start
 from mpq_fx.passes.allocate.model import Clock
-from mpq_fx.passes.allocate.problem import within
-
-# Decimal steps, so that sums of equal numbers in another order meet a budget exactly, or nearly.
-COST = st.one_of(st.integers(0, 9).map(float), st.integers(0, 90).map(lambda n: n / 10))
-NOISE = st.one_of(COST, st.integers(-30, 30).map(lambda n: n / 10))
-
-
-@st.composite
-def problems(draw: Any, *, coupled: bool = True) -> Problem:
-    """Up to 5 units of up to 3 options; pairs of either sign, edges, ties, forced, budgets."""
-    names = ("a", "b", "c", "d", "e")[: draw(st.integers(1, 5))]
-    options = {u: ("w8", "w4", "w2")[: draw(st.integers(1, 3))] for u in names}
-    resources = {r: _table(draw, options, COST) for r in ("latency", "size")}
-    error = _table(draw, options, NOISE)
-    units = st.sampled_from(names)
-    objectives = st.permutations(("error", "latency", "size"))
-    return Problem(
-        options=options,
-        error=error,
-        objective=tuple(draw(objectives)[: draw(st.integers(1, 3))]),
-        pairs=_coupling(draw, options, NOISE) if coupled else {},
-        resources=resources,
-        edges={"latency": _coupling(draw, options, COST)} if coupled else {},
-        budgets=_budgets(draw, options, {"error": error, **resources}),
-        ties=draw(st.one_of(st.just(()), st.tuples(st.tuples(units, units)))),
-        forced=dict.fromkeys(draw(st.sets(units, max_size=1)), "w8"),
-    )
-
-
-def _table(draw: Any, options: Any, cost: Any) -> dict[tuple[str, str], float]:
-    return {(u, o): draw(cost) for u, offers in options.items() for o in offers}
-
-
-def _coupling(draw: Any, options: Any, cost: Any) -> dict[tuple[str, str, str, str], float]:
-    keys = [
-        (u, o, v, p)
-        for u in options
-        for v in options
-        if u != v
-        for o in options[u]
-        for p in options[v]
-    ]
-    chosen = draw(st.lists(st.sampled_from(keys), max_size=8, unique=True)) if keys else []
-    return {key: draw(cost) for key in chosen}
-
-
-def _budgets(draw: Any, options: Any, tables: Any) -> dict[str, float]:
-    """Near the use of some assignment, so that about half of the problems are feasible."""
-    budgets = {}
-    for name in sorted(draw(st.sets(st.sampled_from(sorted(tables))))):
-        used = sum(tables[name][u, draw(st.sampled_from(offers))] for u, offers in options.items())
-        budgets[name] = max(0.0, used * draw(st.sampled_from((0.8, 1.0, 1.0, 1.2))))
-    return budgets
+from mpq_fx.passes.allocate.problem import limits_of, within
+from tests.allocate.random_problems import problems, rich
 
 
 def wild(seed: int) -> Problem:
@@ -115,14 +64,39 @@ def solved(solver: Any, problem: Problem) -> Solution | None:
         return None
 
 
-def least(problem: Problem, name: str, budgets: dict[str, float]) -> float:
-    """The smallest value of a quantity under some budgets, by brute force; inf if there is none."""
-    found = solved(brute_force, replace(problem, budgets=budgets, objective=(name,)))
-    return float("inf") if found is None else found.values[name]
+def limited(problem: Problem, limits: dict[str, float]) -> Problem:
+    """Under these limits alone: of "-q" as a floor of q."""
+    return replace(
+        problem,
+        budgets={n: at for n, at in limits.items() if not n.startswith("-")},
+        floors={n.removeprefix("-"): -at for n, at in limits.items() if n.startswith("-")},
+    )
+
+
+def least(problem: Problem, name: str, limits: dict[str, float]) -> float:
+    """The smallest value of a quantity under some limits, of all plans; inf if there is none."""
+    choices = itertools.product(*problem.options.values())
+    plans = (dict(zip(problem.options, choice, strict=True)) for choice in choices)
+    under = limited(problem, limits)
+    return min(
+        (value_of(problem, name, plan) for plan in plans if is_feasible(under, plan)),
+        default=math.inf,
+    )
+
+
+RICH = [rich(seed, coupled=seed % 2 == 0) for seed in range(50)]
+
+
+def on_rich_problems(test: Any) -> Any:
+    """Random problems of hypothesis, and some that hold every kind of limit."""
+    for problem in RICH:
+        test = example(problem)(test)
+    return test
 
 
 @settings(max_examples=350)
 @given(problems())
+@on_rich_problems
 def test_equals_brute_force_in_every_objective_and_in_feasibility(problem):
     want, got = solved(brute_force, problem), solved(cp_sat, problem)
     assert (want is None) == (got is None)
@@ -160,21 +134,22 @@ def test_with_every_plan_excluded_the_error_says_so():
 
 @settings(max_examples=100)
 @given(problems())
+@on_rich_problems
 def test_infeasible_names_a_minimal_conflict_and_what_is_reachable(problem):
     if solved(brute_force, problem) is not None:
         return
-    budgets, found = problem.budgets, diagnose(problem)
-    conflict = {n: budgets[n] for n in found.conflict}
-    assert solved(brute_force, replace(problem, budgets=conflict)) is None
+    limits, found = limits_of(problem), diagnose(problem)
+    conflict = {n: limits[n] for n in found.conflict}
+    assert solved(brute_force, limited(problem, conflict)) is None
     for name in conflict:
         fewer = {n: at for n, at in conflict.items() if n != name}
-        assert solved(brute_force, replace(problem, budgets=fewer)) is not None
-    for name in budgets:
-        others = {n: at for n, at in budgets.items() if n != name}
-        assert found.alone[name] == pytest.approx(least(problem, name, {}), abs=1e-12)
-        assert found.kept[name] == pytest.approx(least(problem, name, others), abs=1e-12)
-    reachable = {n: max(at, 0.0) for n, at in found.reachable.items()}
-    assert solved(brute_force, replace(problem, budgets=reachable)) is not None
+        assert solved(brute_force, limited(problem, fewer)) is not None
+    for name in limits:
+        others = {n: at for n, at in limits.items() if n != name}
+        assert found.alone[name] == pytest.approx(least(problem, name, {}), rel=3e-9, abs=1e-12)
+        assert found.kept[name] == pytest.approx(least(problem, name, others), rel=3e-9, abs=1e-12)
+    reachable = {n: at if n.startswith("-") else max(at, 0.0) for n, at in found.reachable.items()}
+    assert solved(brute_force, limited(problem, reachable)) is not None
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -188,12 +163,13 @@ def test_twelve_decades_of_spread_cost_neither_feasibility_nor_the_optimum(seed)
 
 @settings(max_examples=250)
 @given(problems())
+@on_rich_problems
 def test_the_start_is_feasible_its_bound_holds_and_keeps_an_optimal_plan(problem):
-    want = solved(brute_force, problem)
-    if want is None or len(problem.objective) > 1:
-        return
     name = problem.objective[0]
-    search = Search(problem, form_of(problem), name, problem.budgets, Clock(10.0))
+    want = solved(brute_force, replace(problem, objective=(name,)))
+    if want is None:
+        return
+    search = Search(problem, form_of(problem), name, limits_of(problem), Clock(10.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minimize, "FEW", 0)
         left, level = start(search, None)
@@ -208,9 +184,10 @@ def test_the_start_is_feasible_its_bound_holds_and_keeps_an_optimal_plan(problem
 
 @settings(max_examples=100)
 @given(problems())
+@on_rich_problems
 def test_no_plan_with_an_option_costs_less_than_the_bound_and_what_the_option_adds(problem):
     form, name = form_of(problem), problem.objective[0]
-    found = relax_pairs(form, name, problem.budgets) if form.is_coupled else None
+    found = relax_pairs(form, name, limits_of(problem)) if form.is_coupled else None
     if found is None:
         return
     plans = itertools.product(*(range(len(group.options)) for group in form.groups))
@@ -254,7 +231,7 @@ def lowest_of_tree(names: Any, parents: Any, error: Any, pairs: Any) -> float:
 @settings(max_examples=25)
 @given(problems(), st.sampled_from(("latency", "size")))
 def test_every_frontier_point_is_non_dominated(problem, resource):
-    problem = replace(problem, budgets={})
+    problem = replace(problem, budgets={}, floors={})
     choices = itertools.product(*problem.options.values())
     plans = [dict(zip(problem.options, choice, strict=True)) for choice in choices]
     every = [values_of(problem, plan) for plan in plans if is_feasible(problem, plan)]
@@ -308,7 +285,22 @@ def test_frontier_with_enough_points_is_the_whole_pareto_set():
     assert [s.values["error"] for s in found] == [7.0 - n for n in range(8)]
 
 
+def test_a_frontier_keeps_floors_but_those_of_its_own_ends():
+    options = dict.fromkeys("ab", ("w8", "w4"))
+    keys = [(u, o) for u in options for o in options[u]]
+    table = {key: float(key[1][1:]) for key in keys}
+    error = {key: 8.0 - width for key, width in table.items()}
+    problem = Problem(options, error, ("error",), resources={"size": table, "bits": table})
+    lifted = frontier(replace(problem, floors={"size": 14.0, "error": 1.0}), "size")
+    assert [s.values["size"] for s in lifted] == [8.0, 12.0, 16.0]
+    kept = frontier(replace(problem, floors={"bits": 12.0}), "size")
+    assert [s.values["size"] for s in kept] == [12.0, 16.0]
+
+
 def test_the_same_problem_gives_the_same_answer():
+    for problem in (rich(0), rich(4), rich(1, coupled=False)):
+        first, second = (solved(cp_sat, problem) for _ in range(2))
+        assert first is None or replace(first, seconds=0.0) == replace(second, seconds=0.0)
     for seed in range(5):
         first, second = cp_sat.solve(wild(seed)), cp_sat.solve(wild(seed))
         assert replace(first, seconds=0.0) == replace(second, seconds=0.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpq_fx.passes.allocate import SEARCHES, Problem, brute_force, is_feasible, value_of
 from mpq_fx.passes.allocate.greedy_ratio import Move, changes_of
-from mpq_fx.passes.allocate.problem import groups_of
+from mpq_fx.passes.allocate.groups import groups_of
 from tests.evaluators import evaluator_of, predicted
 
 OPTIONS = ("float32", "bfloat16", "int8")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import SEARCHES, Problem, value_of
 from mpq_fx.passes.allocate.guided import menu_of
 from tests.evaluators import evaluator_of
@@ -121,3 +122,12 @@ def test_with_one_step_of_the_menu_the_order_adds_what_raises_the_error_least(da
             least = min(value_of(problem, "error", trial) for trial in trials)
             assert value_of(problem, "error", taken) == pytest.approx(least, abs=1e-9)
             now = taken
+
+
+@pytest.mark.parametrize("search", ["bisection", "greedy", "greedy_ratio", "rco"])
+def test_links_are_refused_where_one_unit_changes_at_a_time(search):
+    problem = replace(
+        problem_of([(0.1, 1.0), (0.1, 1.0)]), links=(("u0", "u1"),), budgets={"latency": 8.0}
+    )
+    with pytest.raises(ConfigError, match="one unit at a time"):
+        guided(problem, search, 9.0)

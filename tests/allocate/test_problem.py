@@ -8,8 +8,10 @@ import pytest
 
 from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import Problem, cp_sat, is_feasible, values_of
-from mpq_fx.passes.allocate.exact import Quantity, row_of
-from mpq_fx.passes.allocate.problem import groups_of
+from mpq_fx.passes.allocate.groups import groups_of
+from mpq_fx.passes.allocate.problem import Condition, Term
+from mpq_fx.passes.allocate.quantity import Quantity
+from mpq_fx.passes.allocate.rows import row_of
 
 OFFERS = {"a": ("w8", "w4"), "b": ("w8", "w4"), "c": ("w4", "w2")}
 KEYS = [(u, o) for u, offers in OFFERS.items() for o in offers]
@@ -44,6 +46,24 @@ REFUSED = {
     "forced unknown unit": ({"forced": {"z": "w8"}}, "forced names 'z'"),
     "forced unknown option": ({"forced": {"a": "w2"}}, "forced but not offered"),
     "forced apart": ({"ties": (("a", "b"),), "forced": {"a": "w8", "b": "w4"}}, "in common"),
+    "floor of nothing": ({"floors": {"latency": 1.0}}, "floors names 'latency'"),
+    "floor of a peak": ({"peaks": {"memory": ()}, "floors": {"memory": 1.0}}, "names 'memory'"),
+    "floor that is no number": ({"floors": {"size": float("nan")}}, "floor of 'size' is nan"),
+    "peak twice": ({"peaks": {"size": ()}}, "is that of two"),
+    "a minus": ({"peaks": {"-size": ()}}, "cannot be the name"),
+    "error as peak": ({"peaks": {"error": ()}}, "not a resource"),
+    "peak of unknown unit": (
+        {"peaks": {"m": ((Term(1.0, (Condition("z", ("w8",)),)),),)}},
+        "asks for 'z'",
+    ),
+    "peak of unknown option": (
+        {"peaks": {"m": ((Term(1.0, (Condition("a", ("w2",)),)),),)}},
+        "asks for 'a' in",
+    ),
+    "infinite peak": ({"peaks": {"m": ((Term(float("inf")),),)}}, "value inf"),
+    "link of unknown unit": ({"links": (("a", "z"),)}, "links names 'z'"),
+    "class of unknown option": ({"classes": {("a", "w2"): "x"}}, "classes names"),
+    "link without common class": ({"links": (("a", "c"),), "forced": {"a": "w8"}}, "no class"),
     "tie without common option": ({"ties": (("a", "c"),), "forced": {"a": "w8"}}, "in common"),
 }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from mpq_fx.passes.analyze.activation_memory import Value, live_sets, peak, stored_bytes
+from mpq_fx.activation_memory import peak, stored_bytes
+from mpq_fx.facts import Value
+from mpq_fx.passes.analyze.activation_memory import live_sets
 from mpq_fx.passes.analyze.trace import trace
 from tests.architectures import values
 from tests.passes.conftest import BF16, DYNAMIC, STATIC, WEIGHT_ONLY, subject
@@ -73,11 +75,11 @@ def test_a_value_is_stored_in_the_format_of_all_its_readers():
 
 
 def test_readers_that_disagree_leave_a_value_as_it_is():
-    value = Value(400, 4, frozenset({"a", "b"}))
+    value = Value(400, 4, ("a", "b"))
     assert stored_bytes(value, {"a": STATIC, "b": STATIC}) == 100
     assert stored_bytes(value, {"a": STATIC, "b": BF16}) == 400
     assert stored_bytes(value, {"a": STATIC}) == 400
-    assert stored_bytes(Value(400, 4, frozenset()), {"a": STATIC}) == 400
+    assert stored_bytes(Value(400, 4), {"a": STATIC}) == 400
 
 
 def test_a_residual_is_stored_as_its_site_says():
