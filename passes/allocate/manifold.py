@@ -67,7 +67,8 @@ def retract(logits: np.ndarray, costs: Costs, budget: float) -> np.ndarray:
 
     For linear costs C grows with t, and d has the direction of the paper's bits: what a unit's
     weights cost in each option, whatever their number.  Where all plans cost less than the budget,
-    or all cost more, the nearest end is approached.
+    or all cost more, the nearest end is approached; so with pairs, where this direction, which is
+    that of the start, does not lead as far as the budget.
     """
     marginal = costs.marginal(softmax(logits))
     largest = np.abs(marginal).max(axis=1, keepdims=True)
