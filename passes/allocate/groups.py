@@ -40,8 +40,7 @@ def groups_of(problem: Problem) -> tuple[Group, ...]:
 def links_of(problem: Problem, groups: Sequence[Group]) -> tuple[Link, ...]:
     """Links that share a unit are merged; those inside one group, or said twice, are left out."""
     found = {}
-    for units in merged(problem.options, problem.links):
-        at = [g for g, group in enumerate(groups) if not set(units).isdisjoint(group.members)]
+    for units, at in _linked(problem, groups):
         classes = tuple(
             tuple(_class_of(problem, units, groups[g], o) or "" for o in groups[g].options)
             for g in at
@@ -67,11 +66,10 @@ def class_of(problem: Problem, unit: str, option: str) -> str:
 def merged(units: Iterable[str], sets: Iterable[Sequence[str]]) -> list[list[str]]:
     """Sets that share a unit become one; every unit stands in one list, in the given order."""
     units = list(units)
-    leader = {unit: unit for unit in units}
+    leader, order = {unit: unit for unit in units}, {unit: k for k, unit in enumerate(units)}
     for each in sets:
         roots = {_root(leader, unit) for unit in each}
-        first = next((unit for unit in units if unit in roots), "")
-        leader.update(dict.fromkeys(roots, first))
+        leader.update(dict.fromkeys(roots, min(roots, key=order.__getitem__, default="")))
     members: dict[str, list[str]] = {}
     for unit in units:
         members.setdefault(_root(leader, unit), []).append(unit)
@@ -102,8 +100,7 @@ def _common(problem: Problem, members: list[str]) -> tuple[str, ...]:
 def _agreeing(problem: Problem, groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The groups without options whose class a linked group cannot take."""
     left = list(groups)
-    for units in merged(problem.options, problem.links):
-        at = [g for g, group in enumerate(left) if not set(units).isdisjoint(group.members)]
+    for units, at in _linked(problem, groups):
         classes = [{o: _class_of(problem, units, left[g], o) for o in left[g].options} for g in at]
         shared = set.intersection(*(set(found.values()) for found in classes)) - {None}
         if not shared:
@@ -117,6 +114,14 @@ def _agreeing(problem: Problem, groups: tuple[Group, ...]) -> tuple[Group, ...]:
             kept = tuple(o for o in left[g].options if found[o] in shared)
             left[g] = replace(left[g], options=kept)
     return groups if tuple(left) == groups else _agreeing(problem, tuple(left))
+
+
+def _linked(problem: Problem, groups: Sequence[Group]) -> list[tuple[list[str], list[int]]]:
+    """The units of each link, and the groups that those stand in."""
+    home = {unit: g for g, group in enumerate(groups) for unit in group.members}
+    linked = {unit for link in problem.links for unit in link}
+    sets = merged((unit for unit in problem.options if unit in linked), problem.links)
+    return [(units, sorted({home[unit] for unit in units})) for units in sets]
 
 
 def _class_of(problem: Problem, units: Sequence[str], group: Group, option: str) -> str | None:

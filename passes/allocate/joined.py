@@ -52,9 +52,14 @@ def joined(form: Form) -> Joined:
     if not form.links:
         return Joined(form, (), (), ())
     sizes = tuple(len(group.options) for group in form.groups)
+    most = MOST_COUPLED if form.is_coupled else MOST
+    links: dict[int, list[Link]] = {}
+    for link in form.links:
+        for g in link.groups:
+            links.setdefault(g, []).append(link)
     origins, joint = [], []
     for origin in _components(form):
-        options = _agreeing(form, origin, MOST_COUPLED if form.is_coupled else MOST)
+        options = _agreeing(origin, sizes, links, most)
         apart = [((g,), [(i,) for i in range(sizes[g])]) for g in origin]
         for one, chosen in [(origin, options)] if options else apart:
             origins.append(tuple(one))
@@ -74,22 +79,24 @@ def _components(form: Form) -> list[list[int]]:
     return [[names[name] for name in names_of] for names_of in merged(names, sets)]
 
 
-def _agreeing(form: Form, origin: Sequence[int], most: int) -> list[tuple[int, ...]] | None:
+def _agreeing(
+    origin: Sequence[int],
+    sizes: Sequence[int],
+    links: Mapping[int, Sequence[Link]],
+    most: int,
+) -> list[tuple[int, ...]] | None:
     """Options of some groups that agree in every link; None if there are more than `most`.
 
     None at all is a problem without a plan, which CP-SAT proves.
     """
     found: list[tuple[int, ...]] = [()]
     for k, g in enumerate(origin):
-        links = [link for link in form.links if g in link.groups]
-        options = range(len(form.groups[g].options))
+        before = [dict(zip(origin[:k], chosen, strict=True)) for chosen in found]
         found = [
-            (*chosen, i)
-            for chosen in found
-            for i in options
-            if all(
-                _agrees(link, dict(zip(origin[:k], chosen, strict=True)), g, i) for link in links
-            )
+            (*chosen.values(), i)
+            for chosen in before
+            for i in range(sizes[g])
+            if all(_agrees(link, chosen, g, i) for link in links.get(g, ()))
         ]
         if len(found) > most:
             return None

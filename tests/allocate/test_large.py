@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,8 @@ from mpq_fx.passes.allocate import (
     lagrangian,
     value_of,
 )
+from mpq_fx.passes.allocate.exact import form_of
+from mpq_fx.passes.allocate.joined import joined
 
 
 def large(units: int, options: int, seed: int = 0) -> Problem:
@@ -116,6 +119,22 @@ def test_pairs_under_an_error_budget_get_a_plan(step):
     found = cp_sat.solve(problem, time_limit=1.0)
     assert is_feasible(problem, found.assignment)
     assert found.bound <= found.values["latency"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_reading_a_problem_takes_time_in_proportion_to_its_size(linked):
+    def seconds(units: int) -> float:
+        problem = large(units, 2)
+        names = list(problem.options)
+        if linked:
+            pairs = tuple(zip(names[::2], names[1::2], strict=True))
+            problem = replace(problem, links=pairs)
+        begin = time.process_time()
+        joined(form_of(problem))
+        return time.process_time() - begin
+
+    small, eightfold = (min(seconds(units) for _ in range(3)) for units in (500, 4000))
+    assert eightfold < 25 * small, "the square would be 64"
 
 
 def test_brute_force_refuses_size():
