@@ -44,7 +44,6 @@ def describe(
     choices = parse(measured.proposal, winner.assignment)
     tables = {name: _renamed(table, names) for name, table in measured.tables.items()}
     error = _reported_error(graph, measured, settled)
-    ties = tuple(tuple(names[s] for s in tie) for tie in measured.ties)
     plan = Plan(
         choices={names[site]: choice for site, choice in choices.items()},
         ledger=tuple(_row(s, measured, settled, names) for s in measured.sites),
@@ -59,7 +58,7 @@ def describe(
         budgets=settled.found.budgets,
         baseline=settled.found.baseline,
         tables=tables,
-        ties=ties,
+        ties=tuple(tuple(names[s] for s in tie) for tie in measured.ties),
         live=tuple(_live_in(found, names) for found in measured.live),
         error_scale=settled.found.candidate.scale or 1.0,
         solver=solver_facts(settled.found.candidate.solution),
