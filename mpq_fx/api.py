@@ -24,7 +24,7 @@ log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], float]
 
 
-def tune(
+def tune(  # noqa: PLR0913 -- what a user may say
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
@@ -32,6 +32,8 @@ def tune(
     max_drop: float | None = None,
     config: Config | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    alone: bool = False,
 ) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
@@ -39,8 +41,13 @@ def tune(
     makes some without data, and the plan then says so.  With `metric` (a function of a model,
     higher is better) the plan loses at most the share `max_drop` of the float model's value, which
     takes the place of the tolerance.  The model itself is left as it was.
+
+    What is measured for the error table is kept in the file `checkpoint`, and a tune of the same
+    model, data and options goes on with it.  In a process group of torch.distributed every process
+    calls this alike and measures its share, unless `alone`; all of them get the plan of the first.
     Raises CalibrationError for no batch and for a model that is not deterministic, InfeasibleError
-    for budgets that cannot be met.
+    for budgets that cannot be met, CheckpointError and ProcessError where a checkpoint or another
+    process is of something else.
     """
     from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
@@ -56,6 +63,8 @@ def tune(
         max_drop=max_drop,
         config=config or Config(),
         progress=progress,
+        checkpoint=checkpoint,
+        alone=alone,
     )
     return with_origins(plan, made_up)
 
@@ -66,16 +75,19 @@ def pareto(
     *,
     config: Config | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Front:
     """Batches in, trade-offs out: error against latency, and error against size, in one tune.
 
     Each point holds what the tables predict of a plan, its error replayed on calls that chose
     nothing (`measured`, while the time budget lasts), and the options that lead there.  Points that
     another one of their resource beats in both are left out.  `front.plan_at(point)` is its plan.
+    `checkpoint` is that of `tune`.
     """
     from mpq_fx.front import front_of
 
-    return front_of(tune(model, batches, config=config, progress=progress))
+    plan = tune(model, batches, config=config, progress=progress, checkpoint=checkpoint)
+    return front_of(plan)
 
 
 def apply(

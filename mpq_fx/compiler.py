@@ -30,6 +30,7 @@ from mpq_fx.passes import METRICS, canonicalization, target_named
 from mpq_fx.passes.allocate import SOLVERS
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
+from mpq_fx.passes.analyze.work import Work
 from mpq_fx.plan import load
 from mpq_fx.registry import all_bindings, naming_root, site_names
 from mpq_fx.search import Judge, search
@@ -101,15 +102,17 @@ def optimize(
     binding: Binding,
     config: Config,
     judge: Judge | None = None,
+    work: Work | None = None,
 ) -> None:
     """Observed binding in; plan solved, verified and installed.
 
-    With `judge` (in `tune`) the user's metric takes the place of the error in the bisection.
+    With `judge` (in `tune`) the user's metric takes the place of the error in the bisection, and
+    `work` says who measures the error table, and where it is kept.
     """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         # Tables of error, latency and bytes.
-        measured = measure(graph, binding, config, clock, run_float)
+        measured = measure(graph, binding, config, clock, run_float, work or Work())
         log.debug("measured in %s", clock.timings)
         if judge is not None:
             measured = replace(measured, tolerance=None)

@@ -19,6 +19,7 @@ from mpq_fx.facts import Site
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
+    from mpq_fx.passes.analyze.work import Work
     from mpq_fx.search import Judge
 
 log = logging.getLogger("mpq_fx")
@@ -63,7 +64,9 @@ class Lifecycle:
             return self._run(binding, parameters, args)
         return self._run_float(binding, args)
 
-    def finalize(self, binding: Binding, judge: Judge | None = None) -> None:
+    def finalize(
+        self, binding: Binding, judge: Judge | None = None, work: Work | None = None
+    ) -> None:
         """Solve with what was seen.
 
         Whatever goes wrong, the binding runs on in float, and no later call tries again by itself;
@@ -74,7 +77,7 @@ class Lifecycle:
                 return
             binding.reason = "solving"
             try:
-                self._optimize(binding, self.config, judge)
+                self._optimize(binding, self.config, judge, work)
             except Exception as error:  # the user's mistake, or that of a compiler, or no memory
                 what = error.what if isinstance(error, MpqError) else first_line(error)
                 binding.keep_float(what)

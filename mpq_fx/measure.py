@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +18,18 @@ from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import format_named
+from mpq_fx.identity import identity_of
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.analyze.activation_memory import Live, live_sets
 from mpq_fx.passes.analyze.cost import latency, sizes
 from mpq_fx.passes.analyze.edges import find_edges
-from mpq_fx.passes.analyze.metric import Metric, Task
+from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
 from mpq_fx.passes.analyze.propose import Proposal, propose
 from mpq_fx.passes.analyze.randomness import check_repeatable
 from mpq_fx.passes.analyze.replay import Replayer, replayer, run_in, worst_error
-from mpq_fx.passes.analyze.trace import trace
+from mpq_fx.passes.analyze.trace import Trace, trace
+from mpq_fx.passes.analyze.work import Work
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.target import Target, available
 
@@ -68,36 +71,72 @@ class Measured:
     live: tuple[Live, ...]  # values between ops: what is in memory at once
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a binding before any choice is measured."""
+
+    target: Target
+    values: Mapping[str, Tensor]
+    parts: Parts
+    replay: Replayer
+    proposal: Proposal
+    observed: Mapping[str, Observed]
+    ties: tuple[tuple[str, ...], ...]
+
+
 def measure(
-    graph: Graph, binding: Binding, config: Config, clock: Clock, run_float: Callable[..., Any]
+    graph: Graph,
+    binding: Binding,
+    config: Config,
+    clock: Clock,
+    run_float: Callable[..., Any],
+    work: Work,
 ) -> Measured:
     """Observe, propose and measure one binding."""
+    seen = _seen(graph, binding, config, clock)
+    replay, options = seen.replay, seen.proposal.options
+    with clock.stage("observe"):
+        traced, references = _references(seen)
+    with clock.stage("yardstick"):
+        yardstick = bfloat16_error(graph, seen.values, seen.parts.choose, references)
+    error = _error_table(graph, binding, config, clock, work, seen)
+    with clock.stage("latency table"):
+        sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
+        edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
+        ms = latency(sites, options, seen.target, edges=edges, ties=seen.ties, cache_dir=folder)
+        float_ms = _float_ms(seen.target, run_float, seen.parts.choose[0])
+    tables = {"error": error, "latency": ms, **sizes(sites, options)}
+    found = (seen.target, sites, seen.values, seen.parts, replay, seen.proposal, seen.observed)
+    errors = (references, tolerance_of(config, yardstick), yardstick)
+    return Measured(*found, *errors, tables, float_ms, seen.ties, graph.caches, live)
+
+
+def assist(graph: Graph, binding: Binding, config: Config, work: Work) -> None:
+    """This process's share of the error table that another one plans with."""
+    clock = Clock(config.time_budget)
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        seen = _seen(graph, binding, config, clock)
+        _error_table(graph, binding, config, clock, work, seen)
+
+
+def _seen(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Seen:
     target, values = available(target_named(config.target)), binding.values()
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)
     check_repeatable(replay, parts.fit[0], graph.caches)
     with clock.stage("observe"):
-        seen = observe(replay, parts.fit)
-        proposal = _proposal(graph, binding, config, target, seen)
-        replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
-        first, *others = parts.choose
-        traced = trace(replay, first)
-        references = (traced.outputs, *(replay.run(record, {}) for record in others))
-        tied = ties(graph, proposal)
-    with clock.stage("yardstick"):
-        yardstick = bfloat16_error(graph, values, parts.choose, references)
-    task = Task(replay, proposal.options, parts.choose, tied, graph.caches)
-    error = _error_table(METRICS.named(config.sensitivity), task, clock)
-    with clock.stage("latency table"):
-        sites, live = traced.concrete(graph.sites), live_sets(replay, traced)
-        edges, folder = find_edges(graph.gm, graph.sites), config.cache_dir
-        ms = latency(sites, proposal.options, target, edges=edges, ties=tied, cache_dir=folder)
-        float_ms = _float_ms(target, run_float, parts.choose[0])
-    tables = {"error": error, "latency": ms, **sizes(sites, proposal.options)}
-    found = (target, sites, values, parts, replay, proposal, seen, references)
-    errors = (tolerance_of(config, yardstick), yardstick)
-    return Measured(*found, *errors, tables, float_ms, tied, graph.caches, live)
+        observed = observe(replay, parts.fit)
+        proposal = _proposal(graph, binding, config, target, observed)
+        replay = replace(replay, scales=static_scales(observed, static_formats(proposal)))
+    return Seen(target, values, parts, replay, proposal, observed, ties(graph, proposal))
+
+
+def _references(seen: Seen) -> tuple[Trace, tuple[list[Any], ...]]:
+    """The first call of the choose part step by step, and the outputs of all of them."""
+    first, *others = seen.parts.choose
+    traced = trace(seen.replay, first)
+    return traced, (traced.outputs, *(seen.replay.run(record, {}) for record in others))
 
 
 def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> float | None:
@@ -107,11 +146,18 @@ def _float_ms(target: Target, run_float: Callable[..., Any], record: Record) -> 
     return milliseconds(lambda: run_float(*args))
 
 
-def _error_table(metric: Metric, task: Task, clock: Clock) -> Table:
+def _error_table(
+    graph: Graph, binding: Binding, config: Config, clock: Clock, work: Work, seen: Seen
+) -> Table:
     """The metric's table; calls and sites that there was no time for are noted."""
+    metric, calls = METRICS.named(config.sensitivity), len(seen.parts.choose)
+    options, deadline = seen.proposal.options, clock.deadline(ERROR_TABLE)
+    choose, caches = seen.parts.choose, graph.caches
+    task = Task(seen.replay, options, choose, seen.ties, caches, deadline, work)
     with clock.stage("error table"):
-        error = metric(replace(task, deadline=clock.deadline(ERROR_TABLE)))
-    calls = len(task.records)
+        work.begin(partial(identity_of, graph, binding, config, task))
+        error = metric(task)
+        work.finish()
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from mpq_fx.binding import Binding
+from mpq_fx.checkpoint import Journal
 from mpq_fx.clock import ANNOUNCE
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
@@ -21,17 +23,20 @@ from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
-from mpq_fx.measure import rerun
+from mpq_fx.measure import assist, rerun
+from mpq_fx.processes import Processes, together
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
+from mpq_fx.sharing import Sharing
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
+LEAST_WAIT = 600.0  # seconds that a process is waited for, beside twice the time budget
 UNLIMITED = 1 << 30  # calibration calls that no caller reaches: `tune` decides when to solve
 
 
-def tune_model(
+def tune_model(  # noqa: PLR0913 -- what a user may say
     model: torch.nn.Module,
     batches: Sequence[Any],
     *,
@@ -39,28 +44,57 @@ def tune_model(
     max_drop: float | None,
     config: Config,
     progress: bool,
+    checkpoint: str | Path | None,
+    alone: bool,
 ) -> Plan:
     """See mpq_fx.tune."""
     from mpq_fx.api import call
 
-    _check(model, batches, metric, max_drop)
-    ROOTS.add(model)
-    observing = replace(config, calibration_calls=UNLIMITED, plan=None)
-    compiled = compile_apart(model, config=observing)
-    with (
-        _forgotten(observing),
-        progress_bar(progress) as bar,
-        torch.inference_mode(),
-    ):
+    limit = LEAST_WAIT + 2 * config.time_budget
+    with together(limit, alone=alone) as processes, ExitStack() as on:
+        _check(model, batches, metric, max_drop)
+        is_first = processes.rank == 0
+        journal = Journal(checkpoint) if checkpoint is not None and is_first else None
+        if journal is not None:
+            on.callback(journal.close)
+        ROOTS.add(model)
+        observing = _observing(config, processes)
+        compiled = compile_apart(model, config=observing)
+        on.enter_context(_forgotten(observing))
+        bar = on.enter_context(progress_bar(progress and is_first))
+        on.enter_context(torch.inference_mode())
         for batch in bar.track(batches, description="observing"):
             call(compiled, batch)
         standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
+        team = _Team(processes, journal, bar)
+        return team.lead(model, observing, standard) if is_first else team.follow(model, observing)
+
+
+def _observing(config: Config, processes: Processes) -> Config:
+    """`tune` decides when to solve; of several processes none goes on alone after an error."""
+    on_error = config.on_error if processes.size == 1 else "raise"
+    return replace(config, calibration_calls=UNLIMITED, plan=None, on_error=on_error)
+
+
+@dataclass(frozen=True)
+class _Team:
+    """The first process leads: it says which graph is next, and in the end which plan it found."""
+
+    processes: Processes
+    journal: Journal | None
+    bar: Progress
+
+    def lead(self, model: torch.nn.Module, config: Config, standard: _Standard | None) -> Plan:
+        """Every graph planned: its error table by all processes, what follows by this one."""
+        self._meet(model, config)
         if standard:
             standard.reach()
-        found = _own(model, observing)
-        for lifecycle, binding in _announced(bar, found):
+        found = _own(model, config)
+        for k, (lifecycle, binding) in enumerate(_announced(self.bar, found)):
             if not _is_covered(binding, found):
-                lifecycle.finalize(binding, standard.judge(binding) if standard else None)
+                judge = standard.judge(binding) if standard else None
+                self.processes.awaited(k)
+                lifecycle.finalize(binding, judge, Sharing(self.processes, self.journal, k))
         if standard:
             standard.verify(found)
         plans = distinct(binding.plan for _, binding in found)
@@ -70,7 +104,23 @@ def tune_model(
                 f"{type(model).__name__} cannot be planned: {'; '.join(reasons)}",
                 fix='try torch.compile(model, backend="mpq") and mpq_fx.explain',
             )
-        return merged(plans)
+        return self.processes.awaited(merged(plans))
+
+    def follow(self, model: torch.nn.Module, config: Config) -> Plan:
+        """A share of every error table, then the plan."""
+        self._meet(model, config)
+        found = _own(model, config)
+        while isinstance(told := self.processes.awaited(), int):
+            lifecycle, binding = found[told]
+            assist(lifecycle.graph, binding, config, Sharing(self.processes, None, told))
+        return told
+
+    def _meet(self, model: torch.nn.Module, config: Config) -> None:
+        """All processes have captured the same graphs; each knows them by their place."""
+        names = [sorted(binding.site_names.values()) for _, binding in _own(model, config)]
+        graphs = {f"layers of graph {k}": " ".join(layers) for k, layers in enumerate(names)}
+        self.processes.agree({"graphs": graphs})
+        self.processes.rest()
 
 
 def _announced(

@@ -107,6 +107,7 @@ def test_tune_writes_a_plan(run, tuned, nets, small, tmp_path):
         "config": Config(tolerance=0.02, max_size="0.5x", objective="size"),
         "metric": None,
         "max_drop": None,
+        "checkpoint": None,
         "progress": False,
     }
     assert done.stdout.startswith("plan.json: error 0.009 of 0.01 allowed")
@@ -136,6 +137,16 @@ def test_tune_takes_batches_metric_and_formats(run, tuned, nets):
     assert given["max_drop"] == 0.01
     assert given["config"].formats == {"enc.*": ("int8", "bfloat16"), "head": ("float32",)}
     assert given["progress"] is True
+
+
+def test_a_checkpoint_that_the_plan_would_overwrite_is_refused(run, tuned, nets):
+    for name in ("plan.json", "plan.safetensors"):
+        done = run("tune", "nets:both", "-o", "plan.json", "--checkpoint", name)
+        assert done.exit_code == 2
+        assert f"the plan would overwrite the checkpoint {name}" in done.stderr
+        assert "--checkpoint plan.checkpoint" in done.stderr
+    assert run("tune", "nets:both", "-o", "plan.json", "--checkpoint", "c").exit_code == 0
+    assert str(tuned[0][2]["checkpoint"]) == "c"
 
 
 def test_tune_takes_batches_that_are_no_function(run, tuned, nets):
