@@ -47,9 +47,10 @@ class Journal:
         self._places: dict[Address, tuple[int, int, dict[str, Any]]] = {}
         self._open = ExitStack()
         try:
-            # What is written goes to the system at once, and nothing is left to be written later.
-            self._writer = self._open.enter_context(open(self.path, "ab", buffering=0))
-            self._reader = self._open.enter_context(open(self.path, "rb"))
+            # Unbuffered: an entry is in the hands of the system, or it is not written.
+            writer = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- until `close`
+            self._writer = self._open.enter_context(writer)
+            self._reader = self._open.enter_context(open(self.path, "rb"))  # noqa: SIM115
         except OSError as error:
             self._open.close()
             raise self._failed("opened", error) from error

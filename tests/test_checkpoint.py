@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,10 @@ def batches(first: int = 0) -> list[torch.Tensor]:
     return [torch.randn(4, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
 
 
-def tune(model=None, data=None, *, path=None, **options):
+def tune(model=None, data=None, *, path=None, alone=False, **options):
     config = mpq_fx.Config(**{"target": "reference", "tolerance": 0.1, **options})
     given = model or Net().eval(), data or batches()
-    return mpq_fx.tune(*given, config=config, progress=False, checkpoint=path)
+    return mpq_fx.tune(*given, config=config, progress=False, checkpoint=path, alone=alone)
 
 
 def numbers(table) -> tuple:
@@ -215,11 +216,10 @@ ENTRIES = [
 
 
 def write(path: Path, entries=ENTRIES) -> None:
-    journal = Journal(path)
-    journal.claim(0, IDENTITY)
-    for entry in entries:
-        journal.append(*entry)
-    journal.close()
+    with closing(Journal(path)) as journal:
+        journal.claim(0, IDENTITY)
+        for entry in entries:
+            journal.append(*entry)
 
 
 def read(path: Path) -> list:
