@@ -38,7 +38,8 @@ def frontier(
     share = time_limit / (2 * points)
     cheap = replace(problem, budgets=kept, objective=(resource, ERROR))
     exact = replace(problem, budgets=kept, objective=(ERROR, resource))
-    left, right = solve(cheap, time_limit=share), solve(exact, time_limit=share)
+    left = solve(cheap, time_limit=share)
+    right = solve(exact, time_limit=share, hint=left.assignment)
     found = [left, right]
     gaps = [_Gap(left, right, left.values[resource], right.values[resource])]
     for _ in range(2 * points - 2):
