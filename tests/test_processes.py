@@ -14,7 +14,7 @@ import torch
 
 from mpq_fx.launched import launched
 from mpq_fx.plan import load
-from tests.test_checkpoint import Net, batches, numbers, tune
+from tests.test_checkpoint import numbers, tune
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 150  # that a test waits for its processes: a hang fails it
@@ -68,7 +68,7 @@ if does == "tunes":
 else:
     finish = Replayer.finish
     def stops(*args):
-        os.kill(os.getpid(), signal.SIGKILL) if does == "dies" else time.sleep(30)
+        os.kill(os.getpid(), signal.SIGKILL) if does == "dies" else time.sleep(600)
         return finish(*args)
     if rank == 1:
         Replayer.finish = stops
@@ -164,28 +164,52 @@ def test_processes_of_a_caller_tune_together(isolated, tmp_path):
 
 @pytest.mark.parametrize(("does", "what"), [("dies", "closed"), ("hangs", "Timed out")])
 def test_a_process_that_stops_ends_the_other_with_a_message(tmp_path, does, what):
-    ended(run(tmp_path, does))
+    first, second = run(tmp_path, does)
+    (errors,) = ended([first])
+    second.kill()
+    second.communicate()
+    assert (tmp_path / "0.json").exists(), errors.decode()
     found = json.loads((tmp_path / "0.json").read_text())["stopped"]
-    assert found.startswith("process 0 of 2 lost another one at 'measured, call 0, part 0': ")
+    assert found.startswith(
+        "process 0 of 2 lost another one at 'measured_singles, call 0, part 0': "
+    )
     assert what in found
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with launched(lambda: ("net", "batches")) as given:
+    with launched(lambda is_first: ("net", "batches")) as given:
         assert given == (True, ("net", "batches"))
     assert not torch.distributed.is_initialized()
 
 
+MODEL = """
+import torch.distributed as dist
+from mpq_fx.launched import launched
+from mpq_fx.processes import together
+from tests.test_checkpoint import Net, batches
+
+with launched(lambda is_first: (Net().cuda(), batches())) as (is_first, (net, _)):
+    assert dist.get_backend() == "nccl"
+    with together(60.0) as processes:
+        assert processes.exchange("ranks", processes.rank) == [*range(processes.size)]
+        assert processes.rank == net.up.weight.device.index
+print("told")
+"""
+
+
 @pytest.mark.gpu
-def test_a_model_on_a_gpu_gets_nccl(monkeypatch, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    facts = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in facts.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mpq_fx.launched.ALONE", "0")
-    with launched(lambda: (Net().cuda(), batches())) as (is_first, _):
-        assert is_first
-        assert torch.distributed.get_backend() == "nccl"
+def test_a_model_on_gpus_gets_nccl_and_tells_numbers_all_the_same():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("nccl wants a GPU for each process")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--no-python", sys.executable, "-c", MODEL],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told") == 2
