@@ -11,6 +11,7 @@ for a model on GPUs): they are numbers in main memory, and gloo tells of a proce
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,6 +23,7 @@ from mpq_fx.errors import ProcessError, first_line
 log = logging.getLogger("mpq_fx")
 Gather = Callable[[Any], list[Any]]  # what each process gives, by rank, to all
 PATIENCE = timedelta(days=7)  # for the first process, which solves, compiles and asks the metric
+SOURCE = re.compile(r"^\[\S+:\d+\] ")  # where in gloo a message comes from
 DONE, FAILED = "done", "failed"
 DIFFERENT = "the processes do not tune the same"
 SAME = "the same model, batches and options in every process"
@@ -43,7 +45,7 @@ class Processes:
         except RuntimeError as error:  # a connection that closed, or a limit that is over
             raise ProcessError(
                 f"process {self.rank} of {self.size} lost another one at {topic!r}: "
-                f"{first_line(error)}",
+                f"{SOURCE.sub('', first_line(error))}",
                 fix="look for what the others printed last; the first process keeps a checkpoint",
             ) from error
         for rank, (state, _, what) in enumerate(found):
