@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from mpq_fx.errors import CheckpointError
+from mpq_fx.facts import Identity
 
 VERSION = 1
 KEY = b"mpq-fx checkpoint "
@@ -29,7 +30,6 @@ LONGEST = 1 << 24  # bytes of a line: fingerprints name every weight
 DIGEST = 16  # letters of a SHA-256 in front of a line
 SHOWN = 3  # differences that a refusal names
 
-Identity = Mapping[str, Mapping[str, str]]  # aspect -> name -> content
 Tensors = Mapping[str, Tensor]
 Address = tuple[int, str, str]  # graph, stage, unit
 

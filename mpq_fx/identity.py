@@ -16,8 +16,8 @@ from torch.fx import Node
 
 import mpq_fx
 from mpq_fx.binding import Binding
-from mpq_fx.checkpoint import Identity
 from mpq_fx.config import Config
+from mpq_fx.facts import Identity
 from mpq_fx.graph import name_of
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from mpq_fx.checkpoint import Identity, described
+from mpq_fx.checkpoint import described
 from mpq_fx.errors import ProcessError, first_line
+from mpq_fx.facts import Identity
 
 log = logging.getLogger("mpq_fx")
 Gather = Callable[[Any], list[Any]]  # what each process gives, by rank, to all

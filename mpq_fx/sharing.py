@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mpq_fx.checkpoint import Identity, Journal
+from mpq_fx.checkpoint import Journal
+from mpq_fx.facts import Identity
 from mpq_fx.passes.analyze.work import Found, Measure, Work
 from mpq_fx.processes import Processes
 

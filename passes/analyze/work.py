@@ -6,12 +6,14 @@ metric asks `collect` for the units of a stage (one recorded call) and cannot te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from mpq_fx.facts import Identity
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,6 @@ class Found:
 
 # Names of units -> what each of them gave, in any order; a unit may be left out.
 Measure = Callable[[Sequence[str]], Iterator[tuple[str, Found]]]
-Identity = Mapping[str, Mapping[str, str]]  # aspect -> name -> content
 
 
 class Work:
