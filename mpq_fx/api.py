@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,17 +62,9 @@ def tune(  # noqa: PLR0913 -- what a user may say
     made_up = synthetic_facts(given)
     if made_up:
         log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
-    plan = tune_model(
-        model,
-        given,
-        metric=metric,
-        max_drop=max_drop,
-        loss=loss,
-        config=config or Config(),
-        progress=progress,
-        checkpoint=checkpoint,
-        alone=alone,
-    )
+    wished = partial(tune_model, metric=metric, max_drop=max_drop, loss=loss, alone=alone)
+    config = config or Config()
+    plan = wished(model, given, config=config, progress=progress, checkpoint=checkpoint)
     return with_origins(plan, made_up)
 
 
