@@ -33,7 +33,7 @@ from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.passes.analyze.work import Work
 from mpq_fx.plan import load
-from mpq_fx.registry import all_bindings, naming_root, site_names
+from mpq_fx.registry import bindings_under, naming_root, site_names
 from mpq_fx.search import Judge, search
 from mpq_fx.settle import settle
 from mpq_fx.shapes import Code
@@ -140,8 +140,7 @@ def welcome(
     root = naming_root(binding, frame)
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
-    # A loss is asked for a plan of its own, whatever runs on these weights already.
-    plan = config.plan or (None if config.loss else donor(graph, binding, all_bindings()))
+    plan = config.plan or donor(graph, binding, bindings_under(config))
     if not isinstance(plan, Plan) or binding.reason != OBSERVING:
         return
     try:

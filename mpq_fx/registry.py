@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpq_fx.binding import Binding
+from mpq_fx.config import Config
 from mpq_fx.errors import MpqError
 from mpq_fx.facts import Plan, Row, Site
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
@@ -28,8 +29,10 @@ def naming_root(binding: Binding, frame: torch.nn.Module | None) -> torch.nn.Mod
     return None
 
 
-def all_bindings() -> list[Binding]:
-    return [b for lifecycle in LIFECYCLES for b in list(lifecycle.bindings.values())]
+def bindings_under(config: Config) -> list[Binding]:
+    """Of every graph that was compiled with these options: other options ask for another plan."""
+    same = [lifecycle for lifecycle in LIFECYCLES if lifecycle.config == config]
+    return [b for lifecycle in same for b in list(lifecycle.bindings.values())]
 
 
 def root_of(compiled: Any) -> torch.nn.Module:

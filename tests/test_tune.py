@@ -244,6 +244,26 @@ def test_the_options_that_the_error_names_are_enough(isolated, model):
     }
 
 
+def test_other_options_on_a_model_that_runs_a_plan_find_a_plan_of_their_own():
+    """A plan on the same weights is taken over by other shapes, not by other options."""
+    model = Net().eval()
+    loose = tune(model, tolerance=0.1)
+    compiled = mpq_fx.apply(model, loose)
+    with torch.inference_mode():
+        compiled(batch(0))
+    tight = tune(model, tolerance=0.001)
+    assert tight.tolerance == 0.001
+    assert tight.error < 0.001 < loose.error
+    again = torch.compile(
+        model, backend="mpq", options={"config": config(tolerance=0.001, calibration_calls=4)}
+    )
+    with torch.inference_mode():
+        for x in BATCHES:
+            again(x)
+    plans = [entry.plan for entry in mpq_fx.explain(again).entries]
+    assert sorted(plan.tolerance for plan in plans) == [0.001, 0.1]
+
+
 @pytest.mark.parametrize(
     "wishes",
     [
