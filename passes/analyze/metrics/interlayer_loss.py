@@ -127,8 +127,10 @@ class Response:
     @classmethod
     def of(cls, row: Tensor) -> Response:
         """What `row` made numbers of."""
-        noise, flags, both = row[:2].clone(), row[2:5].bool().tolist(), row[5:]
-        return cls(*both.chunk(2), noise.view(torch.float64).item(), *flags)
+        noise = row[:2].clone().view(torch.float64).item()
+        is_changed, is_felt, is_sketched = row[2:5].bool().tolist()
+        error, bent = row[5:].chunk(2)
+        return cls(error, bent, noise, is_changed, is_felt, is_sketched)
 
 
 def _interlayer_loss(task: Task) -> tuple[Table, Table]:
