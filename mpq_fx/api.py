@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ Metric = Callable[[torch.nn.Module], float]
 Loss = Callable[[Any, Any], Tensor]  # output, batch -> a scalar
 
 
-def tune(  # noqa: PLR0913 -- each is the user's
+def tune(  # noqa: PLR0913 -- what a user may say
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
@@ -34,6 +35,8 @@ def tune(  # noqa: PLR0913 -- each is the user's
     loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    alone: bool = False,
 ) -> Plan:
     """Batches in, plan out: observe the model on `batches`, solve, verify, and return the plan.
 
@@ -43,9 +46,14 @@ def tune(  # noqa: PLR0913 -- each is the user's
     takes the place of the tolerance.  With `loss`, loss(output, batch) -> a scalar tensor,
     sensitivity="interlayer_loss" asks how much each choice raises it; what the forward does not
     take of a batch, such as labels, is left for the loss.  The model itself is left as it was.
+
+    What is measured for the error table is kept in the file `checkpoint`, and a tune of the same
+    model, data and options goes on with it.  In a process group of torch.distributed every process
+    calls this alike and measures its share, unless `alone`; all of them get the plan of the first.
     Raises CalibrationError for no batch, for a loss that is not finite and for a model that is not
     deterministic, ConfigError for a loss that does not depend on the output, InfeasibleError for
-    budgets that cannot be met.
+    budgets that cannot be met, CheckpointError and ProcessError where a checkpoint or another
+    process is of something else.
     """
     from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
@@ -54,15 +62,9 @@ def tune(  # noqa: PLR0913 -- each is the user's
     made_up = synthetic_facts(given)
     if made_up:
         log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
-    plan = tune_model(
-        model,
-        given,
-        metric=metric,
-        max_drop=max_drop,
-        loss=loss,
-        config=config or Config(),
-        progress=progress,
-    )
+    wished = partial(tune_model, metric=metric, max_drop=max_drop, loss=loss, alone=alone)
+    config = config or Config()
+    plan = wished(model, given, config=config, progress=progress, checkpoint=checkpoint)
     return with_origins(plan, made_up)
 
 
@@ -73,16 +75,19 @@ def pareto(
     loss: Loss | None = None,
     config: Config | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Front:
     """Batches in, trade-offs out: error against latency, and error against size, in one tune.
 
     Each point holds what the tables predict of a plan, its error replayed on calls that chose
     nothing (`measured`, while the time budget lasts), and the options that lead there.  Points that
     another one of their resource beats in both are left out.  `front.plan_at(point)` is its plan.
+    `checkpoint` is that of `tune`.
     """
     from mpq_fx.front import front_of
 
-    return front_of(tune(model, batches, loss=loss, config=config, progress=progress))
+    plan = tune(model, batches, loss=loss, config=config, progress=progress, checkpoint=checkpoint)
+    return front_of(plan)
 
 
 def apply(

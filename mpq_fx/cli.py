@@ -71,7 +71,7 @@ class Wish(click.ParamType):
 def _be_quiet(ctx: click.Context, param: click.Parameter, is_quiet: bool) -> None:
     """`mpq -q tune` and `mpq tune -q` are the same."""
     ctx.obj = bool(ctx.obj) or is_quiet
-    _log_to_stderr(ctx.obj)
+    _log_to_stderr(logging.WARNING if ctx.obj else logging.INFO)
 
 
 _quiet_option = click.option(
@@ -129,30 +129,43 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="GLOB=FORMAT,…",
     help="Formats allowed for the sites that match; may be given again.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where measured errors are kept: the same command goes on after a kill.",
+)
 @_config_options
 @_quiet_option
 @click.pass_obj
 def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **given: Any) -> None:
-    """Find a plan for MODEL, a module:factory that returns a model, or (model, batches)."""
-    metric, max_drop, loss = (given.pop(name) for name in ("metric", "max_drop", "loss"))
+    """Find a plan for MODEL, a module:factory that returns a model, or (model, batches).
+
+    Under `torchrun --nproc-per-node N -m mpq_fx tune` the processes share the measurements.
+    """
     batches, synthetic = given.pop("batches"), given.pop("synthetic")
+    asked = {name: given.pop(name) for name in ("metric", "max_drop", "loss", "checkpoint")}
     config = Config.from_options({**given, "formats": _rules(formats)})
-    net, inputs = _made(model, batches, _recipe(synthetic, batches), progress=not quiet)
+    if asked["checkpoint"] in (output, output.with_suffix(".safetensors")):
+        raise ConfigError(
+            f"the plan would overwrite the checkpoint {asked['checkpoint']}",
+            fix=f"--checkpoint {output.with_suffix('.checkpoint')}",
+        )
     import mpq_fx
+    from mpq_fx.launched import launched
     from mpq_fx.plan import save
     from mpq_fx.report import headline
 
-    found = mpq_fx.tune(
-        net,
-        inputs,
-        metric=metric and _load(metric),
-        max_drop=max_drop,
-        loss=loss and _load(loss),
-        config=config,
-        progress=not quiet,
-    )
-    save(found, output)
-    click.echo(f"{output}: {headline(found)}")
+    def make(is_first: bool) -> tuple[Any, Any]:
+        return _made(model, batches, _recipe(synthetic, batches), progress=is_first and not quiet)
+
+    with launched(make) as (is_first, (net, inputs)):
+        if not is_first:
+            _log_to_stderr(logging.ERROR)
+        asked |= {name: asked[name] and _load(asked[name]) for name in ("metric", "loss")}
+        found = mpq_fx.tune(net, inputs, config=config, progress=not quiet, **asked)
+        if is_first:
+            save(found, output)
+            click.echo(f"{output}: {headline(found)}")
 
 
 @main.command()
@@ -343,7 +356,7 @@ def _is_factory(made: Any) -> bool:
     return inspect.isroutine(made) or inspect.isclass(made)
 
 
-def _log_to_stderr(quiet: bool) -> None:
+def _log_to_stderr(level: int) -> None:
     """The library logs and never prints; the command shows the log."""
     from rich.console import Console
     from rich.logging import RichHandler
@@ -351,5 +364,5 @@ def _log_to_stderr(quiet: bool) -> None:
     log = logging.getLogger("mpq_fx")
     log.handlers = [h for h in log.handlers if not isinstance(h, RichHandler)]
     log.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_time=False))
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.setLevel(level)
     log.propagate = False

@@ -31,6 +31,7 @@ from mpq_fx.passes.allocate import SEARCHES, SOLVERS
 from mpq_fx.passes.analyze.metric import LossMetric
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
+from mpq_fx.passes.analyze.work import Work
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_under, naming_root, site_names
 from mpq_fx.search import Judge, search
@@ -97,23 +98,26 @@ def compile_graph(
     )
 
 
-def optimize(
+def optimize(  # noqa: PLR0913 -- what is known of one graph, and what `tune` adds
     graph: Graph,
     run_float: Callable[..., Any],
     binding: Binding,
     config: Config,
     judge: Judge | None = None,
     others: Sequence[Code] = (),
+    work: Work | None = None,
 ) -> None:
     """Observed binding in; plan solved, verified and installed.
 
     With `judge` (in `tune`) the user's metric takes the place of the error in the bisection.  Calls
-    of `others`, which run in the same plan in other shapes, count in its latency.
+    of `others`, which run in the same plan in other shapes, count in its latency.  `work` says who
+    measures the error table, and where it is kept.
     """
     clock = Clock(config.time_budget)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         # Tables of error, latency and bytes.
-        measured = measure(Code(graph, binding, run_float), config, clock, others)
+        code = Code(graph, binding, run_float)
+        measured = measure(code, config, clock, others, work or Work())
         log.debug("measured in %s", clock.timings)
         if judge is not None:
             measured = replace(measured, tolerance=None)

@@ -40,6 +40,14 @@ class PlanError(MpqError):
     """A plan file is corrupt, from another version, or made for another model."""
 
 
+class CheckpointError(MpqError):
+    """A checkpoint of a tune is corrupt, in use, or of another model, other data or options."""
+
+
+class ProcessError(MpqError):
+    """Processes that tune together lost one of them, or do not tune the same."""
+
+
 class CalibrationError(MpqError):
     """The recorded inputs cannot support a plan: too few, constant, or not finite."""
 

@@ -103,6 +103,9 @@ Live = tuple[Value, ...]  # what is in memory at one op
 
 
 SYNTHETIC = "synthetic"  # key of a plan's provenance: its calibration inputs, if nobody's data
+# What the numbers of a table depend on: "model", "data", … -> name -> digest, or words.
+Identity = Mapping[str, Mapping[str, str]]
+
 INDUCTOR = "inductor float"  # the user's own graph, compiled as without mpq
 
 

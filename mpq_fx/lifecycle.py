@@ -19,6 +19,7 @@ from mpq_fx.facts import Site
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
+    from mpq_fx.passes.analyze.work import Work
     from mpq_fx.search import Judge
     from mpq_fx.shapes import Code
 
@@ -65,7 +66,11 @@ class Lifecycle:
         return self._run_float(binding, args)
 
     def finalize(
-        self, binding: Binding, judge: Judge | None = None, others: Sequence[Code] = ()
+        self,
+        binding: Binding,
+        judge: Judge | None = None,
+        others: Sequence[Code] = (),
+        work: Work | None = None,
     ) -> None:
         """Solve with what was seen.
 
@@ -77,7 +82,7 @@ class Lifecycle:
                 return
             binding.reason = "solving"
             try:
-                self._optimize(binding, self.config, judge, others)
+                self._optimize(binding, self.config, judge, others, work)
             except Exception as error:  # the user's mistake, or that of a compiler, or no memory
                 what = error.what if isinstance(error, MpqError) else first_line(error)
                 binding.keep_float(what)

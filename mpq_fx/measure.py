@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Live, Site, Table
 from mpq_fx.formats import format_named
+from mpq_fx.identity import identity_of
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.analyze.activation_memory import live_sets
@@ -35,7 +37,8 @@ from mpq_fx.passes.analyze.replay import (
     run_in,
     worst_error,
 )
-from mpq_fx.passes.analyze.trace import trace
+from mpq_fx.passes.analyze.trace import Trace, trace
+from mpq_fx.passes.analyze.work import Work
 from mpq_fx.passes.lower.target import Target, available
 from mpq_fx.shapes import Code, Timed, complete, mean_latency, shapes_of
 
@@ -79,57 +82,105 @@ class Measured:
     live: tuple[Live, ...]  # values between ops: what is in memory at once, where it may be most
 
 
-def measure(code: Code, config: Config, clock: Clock, others: Sequence[Code] = ()) -> Measured:
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a binding before any choice is measured."""
+
+    target: Target
+    values: Mapping[str, Tensor]
+    parts: Parts[Record]
+    replay: Replayer
+    proposal: Proposal
+    observed: Mapping[str, Observed]
+    ties: tuple[tuple[str, ...], ...]
+
+
+def measure(
+    code: Code, config: Config, clock: Clock, others: Sequence[Code], work: Work
+) -> Measured:
     """Observe, propose and measure one binding; `others` ran its sites in other shapes."""
     graph, binding = code.graph, code.binding
+    seen = _seen(graph, binding, config, clock)
+    replay, options, tied = seen.replay, seen.proposal.options, seen.ties
+    with clock.stage("observe"):
+        traced, references = _references(seen)
+        check_outputs(references, graph.caches)
+    with clock.stage("yardstick"):
+        yardstick = bfloat16_error(graph, seen.values, seen.parts.choose, references)
+    errors = _error_tables(graph, binding, config, clock, work, seen)
+    with clock.stage("latency table"):
+        sites = traced.concrete(graph.sites)
+        live = contenders(live_sets(replay, traced), options)
+        local = {name: site for site, name in binding.site_names.items()}
+        timed = Timed(local, options, tied, seen.target, config.cache_dir)
+        ms, float_ms = mean_latency(shapes_of((code, *others), clock), timed, clock)
+    tables = {**errors, "latency": ms, **sizes(sites, options)}
+    found = (seen.target, sites, seen.values, seen.parts, replay, seen.proposal, seen.observed)
+    limits = (references, tolerance_of(config, yardstick), yardstick)
+    return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)
+
+
+def assist(graph: Graph, binding: Binding, config: Config, work: Work) -> None:
+    """This process's share of the error tables that another one plans with."""
+    clock = Clock(config.time_budget)
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        seen = _seen(graph, binding, config, clock)
+        _error_tables(graph, binding, config, clock, work, seen)
+
+
+def _seen(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Seen:
     target, values = available(target_named(config.target)), binding.values()
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)
     check_repeatable(replay, parts.fit[0], graph.caches)
     with clock.stage("observe"):
-        seen = observe(replay, parts.fit)
-        proposal = _proposal(graph, binding, config, target, seen)
-        replay = replace(replay, scales=static_scales(seen, static_formats(proposal)))
-        first, *rest = parts.choose
-        traced = trace(replay, first)
-        references = (traced.outputs, *(replay.run(record, {}) for record in rest))
-        tied = ties(graph, proposal)
-        check_outputs(references, graph.caches)
-    with clock.stage("yardstick"):
-        yardstick = bfloat16_error(graph, values, parts.choose, references)
-    losses = split(binding.losses).choose if binding.losses else ()
-    task = Task(replay, proposal.options, parts.choose, tied, graph.caches, losses=losses)
-    errors = _error_tables(METRICS.named(config.sensitivity), task, clock)
-    with clock.stage("latency table"):
-        sites = traced.concrete(graph.sites)
-        live = contenders(live_sets(replay, traced), proposal.options)
-        local = {name: site for site, name in binding.site_names.items()}
-        timed = Timed(local, proposal.options, tied, target, config.cache_dir)
-        ms, float_ms = mean_latency(shapes_of((code, *others), clock), timed, clock)
-    tables = {**errors, "latency": ms, **sizes(sites, proposal.options)}
-    found = (target, sites, values, parts, replay, proposal, seen, references)
-    limits = (tolerance_of(config, yardstick), yardstick)
-    return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)
+        observed = observe(replay, parts.fit)
+        proposal = _proposal(graph, binding, config, target, observed)
+        replay = replace(replay, scales=static_scales(observed, static_formats(proposal)))
+    return Seen(target, values, parts, replay, proposal, observed, ties(graph, proposal))
 
 
-def _error_tables(metric: Metric, task: Task, clock: Clock) -> dict[str, Table]:
+def _references(seen: Seen) -> tuple[Trace, tuple[list[Any], ...]]:
+    """The first call of the choose part step by step, and the outputs of all of them."""
+    first, *rest = seen.parts.choose
+    traced = trace(seen.replay, first)
+    return traced, (traced.outputs, *(seen.replay.run(record, {}) for record in rest))
+
+
+def _error_tables(
+    graph: Graph, binding: Binding, config: Config, clock: Clock, work: Work, seen: Seen
+) -> dict[str, Table]:
     """The metric's table, and of a loss the noise beside it; what is left out is noted."""
+    task = Task(
+        seen.replay,
+        seen.proposal.options,
+        seen.parts.choose,
+        seen.ties,
+        graph.caches,
+        deadline=clock.deadline(ERROR_TABLE),
+        losses=split(binding.losses).choose if binding.losses else (),
+        work=work,
+    )
     with clock.stage("error table"):
-        task = replace(task, deadline=clock.deadline(ERROR_TABLE))
-        if isinstance(metric, LossMetric):
-            error, noise = metric.measure(task)
-            found = {ERROR: error, NOISE: noise}
-        else:
-            error = metric(task)
-            found = {ERROR: error}
-    refuse_silent(error, task)
+        work.begin(partial(identity_of, graph, binding, config, task))
+        found = _tables_of(METRICS.named(config.sensitivity), task)
+        error = found[ERROR]
+        refuse_silent(error, task)  # measures plans, and so before the others rest
+        work.finish()
     calls = len(task.records)
     if error.provenance["records"] < calls:
         clock.cut(f"errors measured on {error.provenance['records']} of {calls} calls")
     if guessed := error.provenance.get("estimated"):
         clock.cut(f"errors of {len(guessed)} sites are the median of other sites of their kind")
     return found
+
+
+def _tables_of(metric: Metric, task: Task) -> dict[str, Table]:
+    if isinstance(metric, LossMetric):
+        error, noise = metric.measure(task)
+        return {ERROR: error, NOISE: noise}
+    return {ERROR: metric(task)}
 
 
 def _proposal(

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from mpq_fx.binding import Binding
+from mpq_fx.checkpoint import Journal
 from mpq_fx.clock import ANNOUNCE
 from mpq_fx.compiler import check_loss
 from mpq_fx.config import Config
@@ -24,19 +26,22 @@ from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.loss import Loss, Source, inputs_of
-from mpq_fx.measure import rerun
+from mpq_fx.measure import assist, rerun
 from mpq_fx.problem import MEMORY
+from mpq_fx.processes import Processes, together
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
 from mpq_fx.search import Judge
 from mpq_fx.shapes import Code
+from mpq_fx.sharing import Sharing
 
 log = logging.getLogger("mpq_fx")
 Metric = Callable[[torch.nn.Module], Any]
+LEAST_WAIT = 600.0  # seconds that a process is waited for, beside twice the time budget
 UNLIMITED = 1 << 30  # calibration calls that no caller reaches: `tune` decides when to solve
 
 
-def tune_model(  # noqa: PLR0913 -- the arguments of tune
+def tune_model(  # noqa: PLR0913 -- what a user may say
     model: torch.nn.Module,
     batches: Sequence[Any],
     *,
@@ -45,35 +50,84 @@ def tune_model(  # noqa: PLR0913 -- the arguments of tune
     loss: Loss | None,
     config: Config,
     progress: bool,
+    checkpoint: str | Path | None,
+    alone: bool,
 ) -> Plan:
     """See mpq_fx.tune."""
-    _check(model, batches, metric, max_drop)
-    observing = replace(config, calibration_calls=UNLIMITED, plan=None, loss=loss is not None)
-    check_loss(observing)
-    ROOTS.add(model)
-    compiled = compile_apart(model, config=observing)
-    with (
-        _forgotten(observing),
-        progress_bar(progress) as bar,
+    limit = LEAST_WAIT + 2 * config.time_budget
+    with together(limit, alone=alone) as processes, ExitStack() as on:
+        _check(model, batches, metric, max_drop)
+        observing = _observing(config, processes, has_loss=loss is not None)
+        check_loss(observing)
+        is_first = processes.rank == 0
+        journal = Journal(checkpoint) if checkpoint is not None and is_first else None
+        if journal is not None:
+            on.callback(journal.close)
+        ROOTS.add(model)
+        compiled = compile_apart(model, config=observing)
+        on.enter_context(_forgotten(observing))
+        bar = on.enter_context(progress_bar(progress and is_first))
         # What is compiled in inference mode runs in no other; a loss needs gradients later.
-        torch.inference_mode() if loss is None else torch.no_grad(),
-    ):
+        on.enter_context(torch.inference_mode() if loss is None else torch.no_grad())
         source = Source(loss, model, compiled, batches) if loss else None
         for index, batch in enumerate(bar.track(batches, description="observing")):
             _observe(compiled, index, batch, source, lambda: _own(model, observing))
         standard = _Standard(compiled, model, observing, metric, max_drop) if metric else None
+        team = _Team(processes, journal, source, bar)
+        return team.lead(model, observing, standard) if is_first else team.follow(model, observing)
+
+
+def _observing(config: Config, processes: Processes, *, has_loss: bool) -> Config:
+    """`tune` decides when to solve; of several processes none goes on alone after an error."""
+    on_error = config.on_error if processes.size == 1 else "raise"
+    calls = UNLIMITED
+    return replace(config, calibration_calls=calls, plan=None, loss=has_loss, on_error=on_error)
+
+
+@dataclass(frozen=True)
+class _Team:
+    """The first process leads: it says which graph is next, and in the end which plan it found."""
+
+    processes: Processes
+    journal: Journal | None
+    source: Source | None  # of the user's loss
+    bar: Progress
+
+    def lead(self, model: torch.nn.Module, config: Config, standard: _Standard | None) -> Plan:
+        """Every graph planned: its error table by all processes, what follows by this one."""
+        self._meet(model, config)
         if standard:
             standard.reach()
-        found = _own(model, observing)
-        if source is not None:
-            source.hand_over(found)
-        for lifecycle, binding in _announced(bar, found):
+        found = _own(model, config)
+        if self.source is not None:
+            self.source.hand_over(found)
+        for k, (lifecycle, binding) in enumerate(_announced(self.bar, found)):
             if not _is_covered(binding, found):
                 judge = standard.judge(binding) if standard else None
-                lifecycle.finalize(binding, judge, _other_shapes(binding, found))
+                work = Sharing(self.processes, self.journal, k)
+                self.processes.awaited(k)
+                lifecycle.finalize(binding, judge, _other_shapes(binding, found), work)
         if standard:
             standard.verify(found)
-        return _planned(model, found)
+        return self.processes.awaited(_planned(model, found))
+
+    def follow(self, model: torch.nn.Module, config: Config) -> Plan:
+        """A share of every error table, then the plan."""
+        self._meet(model, config)
+        found = _own(model, config)
+        if self.source is not None:
+            self.source.hand_over(found)
+        while isinstance(told := self.processes.awaited(), int):
+            lifecycle, binding = found[told]
+            assist(lifecycle.graph, binding, config, Sharing(self.processes, None, told))
+        return told
+
+    def _meet(self, model: torch.nn.Module, config: Config) -> None:
+        """All processes have captured the same graphs; each knows them by their place."""
+        names = [sorted(binding.site_names.values()) for _, binding in _own(model, config)]
+        graphs = {f"layers of graph {k}": " ".join(layers) for k, layers in enumerate(names)}
+        self.processes.agree({"graphs": graphs})
+        self.processes.rest()
 
 
 def _planned(model: torch.nn.Module, found: Sequence[tuple[Lifecycle, Binding]]) -> Plan:

@@ -36,11 +36,21 @@ def cross_entropy(output, batch):
     return functional.cross_entropy(output, batch["labels"])
 
 
+def of_labels(shift: int):
+    """The loss of other labels, where `shift` is not 0."""
+
+    def loss(output, batch):
+        return functional.cross_entropy(output, (batch["labels"] + shift) % 4)
+
+    return loss
+
+
 def config(**options):
     given = {"target": "reference", "tolerance": 0.1, "sensitivity": "interlayer_loss"}
     return mpq_fx.Config(**{**given, **options})
 
 
-def tune(model, given=None, loss=cross_entropy, **options):
+def tune(model, given=None, loss=cross_entropy, path=None, **options):
+    asked = {"loss": loss, "config": config(**options), "checkpoint": path}
     given = batches() if given is None else given
-    return mpq_fx.tune(model.eval(), given, loss=loss, config=config(**options), progress=False)
+    return mpq_fx.tune(model.eval(), given, progress=False, **asked)

@@ -7,17 +7,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from statistics import median
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes.analyze.replay import Replayer
+from mpq_fx.passes.analyze.work import Found, Work
 
 Record = Sequence[Any]  # the inputs of one call
 Unit = tuple[str, ...]  # sites that change together
@@ -38,6 +40,7 @@ class Task:
     excluded: frozenset[int] = frozenset()  # outputs that are caches, and no part of the error
     deadline: float = float("inf")  # a time.monotonic(); past it a metric stops early and says so
     losses: Sequence[OutputLoss] = ()  # of each record, where the user gave a loss
+    work: Work = field(default_factory=Work)  # who measures which units, and what is kept of it
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -90,30 +93,56 @@ class LossMetric:
         return self.measure(task)[0]
 
 
-# What a metric says of one recorded call: (unit, choice, noise power of this single alone).
-Each = Callable[[Record, IsWanted], Iterator[tuple[Unit, Choice, float]]]
+class Single(NamedTuple):
+    """One unit alone in one choice, in one recorded call."""
+
+    unit: Unit
+    choice: Choice
+    power: float  # noise power
+    row: Tensor | None = None  # what else a metric makes its table from; as long for every choice
+
+    @property
+    def key(self) -> Key:
+        """A single goes by the first site of its unit."""
+        return self.unit[0], self.choice.name
 
 
-def averaged(metric: str, task: Task, each: Each, *, forward_passes: float) -> Table:
+# What a metric says of one recorded call: all choices of a unit behind each other.
+Each = Callable[[Record, IsWanted], Iterator[Single]]
+Keep = Callable[[Sequence[Single]], None]
+
+
+def averaged(
+    metric: str, task: Task, each: Each, *, forward_passes: float, keep: Keep | None = None
+) -> Table:
     """The table of a metric that tells how much each single hurts in one recorded call.
 
     Means and ranges over the calls, zeros for float.  A further call is begun only if it should end
     by the deadline.  In the first one a unit for which there is no time is left out, see `on_pace`,
     and gets the median of its like; later calls measure what the first one did.  Sites of a tie
-    share the noise evenly.  `forward_passes` is what one call costs.
+    share the noise evenly.  `forward_passes` is what one call costs; `keep` is shown the singles of
+    each call.  `each` may be asked for some of the units only: see `Work`.
     """
-    begin, used = time.monotonic(), 0
+    begin, seconds = time.monotonic(), list[Mapping[str, float]]()
     powers: dict[Key, list[float]] = {}
-    wanted = on_pace(task.kinds, begin, task.deadline)
-    for record in _in_time(task, begin):
-        measured: set[Unit] = set()
-        for unit, choice, power in each(record, wanted):
+    names = [unit[0] for unit in task.units if len(task.options[unit[0]]) > 1]
+    for k, record in enumerate(task.records):
+        stage = f"{metric}, call {k}"
+        if k and not task.work.agreed(_is_time(task, stage, seconds)):
+            break
+        deadline = float("inf") if k else task.deadline
+        measure = partial(_measured, task, each, record, deadline)
+        found = task.work.collect(stage, names, measure)
+        names = [*found]
+        seconds.append({name: unit.seconds for name, unit in found.items()})
+        given = _singles_of(task, found)
+        for unit, choice, power, _ in given:
             _refuse_infinite(metric, task, unit, choice, power)
-            measured.add(unit)
             for site in unit:
                 powers.setdefault((site, choice.name), []).append(power / len(unit))
-        used, wanted = used + 1, measured.__contains__
-    return _table(metric, task, powers, used, begin, forward_passes)
+        if keep is not None:
+            keep(given)
+    return _table(metric, task, powers, len(seconds), begin, forward_passes)
 
 
 def _refuse_infinite(metric: str, task: Task, unit: Unit, choice: Choice, power: float) -> None:
@@ -127,12 +156,38 @@ def _refuse_infinite(metric: str, task: Task, unit: Unit, choice: Choice, power:
         )
 
 
-def _in_time(task: Task, begin: float) -> Iterator[Record]:
-    for used, record in enumerate(task.records):
-        now = time.monotonic()
-        if used and now + (now - begin) / used > task.deadline:
-            return
-        yield record
+def _is_time(task: Task, stage: str, seconds: Sequence[Mapping[str, float]]) -> bool:
+    """Should a call end by the deadline, if units take as long as they did in the calls before?"""
+    left = seconds[0].keys() - task.work.known(stage)
+    needed = sum(fmean(call[name] for call in seconds) for name in left) / task.work.size
+    return not left or time.monotonic() + needed <= task.deadline
+
+
+def _measured(
+    task: Task, each: Each, record: Record, deadline: float, names: Sequence[str]
+) -> Iterator[tuple[str, Found]]:
+    """What each unit of `names` gave, when its last choice is measured."""
+    mine, now = frozenset(names), time.monotonic()
+    kinds = {unit: kind for unit, kind in task.kinds.items() if unit[0] in mine}
+    has_time, done = on_pace(kinds, now, deadline), list[Single]()
+    for single in each(record, lambda unit: unit[0] in mine and has_time(unit)):
+        done.append(single)
+        assert single.unit == done[0].unit, "the choices of a unit stand behind each other"
+        if len(done) < len(task.options[single.unit[0]]) - 1:
+            continue
+        rows = [s.row.detach().cpu() for s in done if s.row is not None]
+        before, now = now, time.monotonic()
+        powers = tuple(float(s.power) for s in done)
+        yield single.unit[0], Found(powers, torch.stack(rows) if rows else None, now - before)
+        done.clear()
+
+
+def _singles_of(task: Task, found: Mapping[str, Found]) -> list[Single]:
+    return [
+        Single(task.unit_of[name], choice, power, None if unit.rows is None else unit.rows[k])
+        for name, unit in found.items()
+        for k, (choice, power) in enumerate(zip(task.options[name][1:], unit.powers, strict=True))
+    ]
 
 
 def singles(
@@ -203,6 +258,7 @@ def _table(
             "seconds": round(time.monotonic() - begin, 3),
             "forward_passes": used * forward_passes,
             "estimated": sorted({site for site, _ in guesses}),
+            **task.work.facts(),
         },
     )
 

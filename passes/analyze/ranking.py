@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
 from mpq_fx.facts import Choice, Table
-from mpq_fx.passes.analyze.metric import Task
+from mpq_fx.passes.analyze.metric import Record, Task
 from mpq_fx.passes.analyze.replay import output_error
+from mpq_fx.passes.analyze.work import Found
 
 Plan = Mapping[str, Choice]  # site -> choice; sites that are not in it stay in float
 
@@ -36,13 +39,29 @@ def draw(task: Task, seed: int) -> Plan:
 def measured(task: Task, plans: Sequence[Plan]) -> list[float]:
     """√ of the mean noise power of each plan over the recorded calls."""
     powers = np.zeros(len(plans))
+    by_name = {_name(plan): plan for plan in plans}
+    for k, record in enumerate(task.records):
+        measure = partial(_measured, task, record, by_name)
+        found = task.work.collect(f"plans, call {k}", [*by_name], measure)
+        powers += np.square([found[_name(plan)].powers[0] for plan in plans])
+    return [*np.sqrt(powers / len(task.records))]
+
+
+def _measured(
+    task: Task, record: Record, plans: Mapping[str, Plan], names: Sequence[str]
+) -> Iterator[tuple[str, Found]]:
     # Every weight in every format would be as large as the model several times over.
     replay = replace(task.replay, caches=False)
-    for record in task.records:
-        reference = replay.run(record, {})
-        found = [output_error(replay.run(record, p), reference, task.excluded) for p in plans]
-        powers += np.square(found)
-    return [*np.sqrt(powers / len(task.records))]
+    reference = replay.run(record, {})
+    for name in names:
+        outputs = replay.run(record, plans[name])
+        yield name, Found((output_error(outputs, reference, task.excluded),))
+
+
+def _name(plan: Plan) -> str:
+    """A plan goes by its content, so that it is measured once whoever draws it."""
+    rows = "\n".join(f"{site}\t{choice.name}" for site, choice in sorted(plan.items()))
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def predicted(table: Table, plan: Plan) -> float:
@@ -52,10 +71,10 @@ def predicted(table: Table, plan: Plan) -> float:
 
 def power(table: Table, plan: Plan) -> float:
     """Σ noise of singles + Σ pairs; negative where signed terms say that a plan gains."""
-    keys = {(site, choice.name) for site, choice in plan.items()}
-    alone = sum(table.values[key] for key in keys)
+    keys = [(site, choice.name) for site, choice in plan.items()]  # in order: sums round
+    alone, taken = sum(table.values[key] for key in keys), set(keys)
     pairs = table.pairs.items()
-    return alone + sum(p for (u, c, v, d), p in pairs if {(u, c), (v, d)} <= keys)
+    return alone + sum(p for (u, c, v, d), p in pairs if {(u, c), (v, d)} <= taken)
 
 
 def agreement(table: Table, plans: Sequence[Plan], errors: Sequence[float]) -> Agreement:

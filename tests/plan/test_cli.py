@@ -108,6 +108,7 @@ def test_tune_writes_a_plan(run, tuned, nets, small, tmp_path):
         "metric": None,
         "max_drop": None,
         "loss": None,
+        "checkpoint": None,
         "progress": False,
     }
     assert done.stdout.startswith("plan.json: error 0.009 of 0.01 allowed")
@@ -145,6 +146,16 @@ def test_tune_takes_a_loss_and_the_metric_that_asks_it(run, tuned, nets):
     ((_, _, given),) = tuned
     assert given["loss"] is nets.score
     assert given["config"].sensitivity == "interlayer_loss"
+
+
+def test_a_checkpoint_that_the_plan_would_overwrite_is_refused(run, tuned, nets):
+    for name in ("plan.json", "plan.safetensors"):
+        done = run("tune", "nets:both", "-o", "plan.json", "--checkpoint", name)
+        assert done.exit_code == 2
+        assert f"the plan would overwrite the checkpoint {name}" in done.stderr
+        assert "--checkpoint plan.checkpoint" in done.stderr
+    assert run("tune", "nets:both", "-o", "plan.json", "--checkpoint", "c").exit_code == 0
+    assert str(tuned[0][2]["checkpoint"]) == "c"
 
 
 def test_tune_takes_batches_that_are_no_function(run, tuned, nets):

@@ -24,7 +24,7 @@ def auto(task: Task) -> Table:
     now = time.monotonic()
     paired = interlayer_hessian(replace(task, deadline=now + SHARE * (task.deadline - now)))
     alone = replace(paired, metric="measured_singles", pairs={})
-    if not paired.pairs or time.monotonic() > task.deadline:
+    if not paired.pairs or task.work.agreed(time.monotonic() > task.deadline):
         return alone
     plans = [draw(task, seed) for seed in range(2 * PLANS)]
     errors = measured(replace(task, records=task.records[:1]), plans)

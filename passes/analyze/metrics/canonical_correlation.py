@@ -14,17 +14,17 @@ the number of directions, the mean and the relative error of the choice are ours
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Site, Table
+from mpq_fx.facts import Site, Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import Linearized, linearize
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.metrics.local_error import weighed
 
 DIRECTIONS, PER_DIRECTION = 16, 4  # most directions of a result; observations that each one needs
@@ -36,15 +36,23 @@ def canonical_correlation(task: Task) -> Table:
     """How little the other layers tell of a layer, times the relative error of the choice."""
     alone = set[str]()
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         means = mean_correlations({site.name: site for site in task.replay.sites.values()}, at)
-        alone.update(at.results.keys() - means.keys())
         scores = {name: 1.0 - means.get(name, 0.0) for name in at.results}
-        yield from weighed(task, at, scores, is_wanted)
+        for single in weighed(task, at, scores, is_wanted):
+            flags = [site in at.results and site not in means for site in single.unit]
+            yield single._replace(row=torch.tensor(flags))
+
+    def keep(given: Sequence[Single]) -> None:
+        for single in given:
+            flags = () if single.row is None else single.row.tolist()
+            alone.update(
+                site for site, is_alone in zip(single.unit, flags, strict=True) if is_alone
+            )
 
     passes = 1 + task.count / max(1, len(task.units))
-    averages = averaged("canonical_correlation", task, each, forward_passes=passes)
+    averages = averaged("canonical_correlation", task, each, forward_passes=passes, keep=keep)
     table = calibrated(task, averages)
     return replace(table, provenance={**table.provenance, "uncompared": sorted(alone)})
 

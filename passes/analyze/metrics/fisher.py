@@ -13,7 +13,7 @@ samples)) of it.  ⟨g, e⟩ is ⟨∂/∂W, ΔW⟩ where only a weight changes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -31,8 +31,8 @@ from mpq_fx.passes.analyze.linearize import (
     probes,
     pull_back,
 )
-from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Task, Unit, averaged
-from mpq_fx.passes.analyze.metrics.interlayer_hessian import gram_of, pairs_of
+from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Single, Task, Unit, averaged
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import gram_of, pairs_of, rows_of
 
 Tensors = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -42,13 +42,16 @@ def fisher(task: Task) -> Table:
     """Squares and products of ⟨g, e⟩; samples of one call count as calls (Fisher, empirical)."""
     rows: dict[Key, list[Tensor]] = {}
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         for unit, choice, given in _each(task, record, is_wanted, dots):
             row = torch.cat(given) / len(given) ** 0.5
-            rows.setdefault((unit[0], choice.name), []).append(row)
-            yield unit, choice, float(row.square().sum())
+            yield Single(unit, choice, float(row.square().sum()), row)
 
-    table = averaged("fisher", task, each, forward_passes=_passes(task))
+    def keep(given: Sequence[Single]) -> None:
+        for key, row in rows_of(given).items():
+            rows.setdefault(key, []).append(row)
+
+    table = averaged("fisher", task, each, forward_passes=_passes(task), keep=keep)
     used = max(1, table.provenance["records"])
     stacked = [torch.cat(seen) / used**0.5 for seen in rows.values()]
     numbers = stacked[0].numel() if stacked else 0
@@ -58,9 +61,9 @@ def fisher(task: Task) -> Table:
 def first_order(task: Task) -> Table:
     """|⟨g, e⟩|, the mean over directions and samples, scaled to errors of the outputs."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         for unit, choice, given in _each(task, record, is_wanted, dots):
-            yield unit, choice, float(torch.cat(given).abs().mean())
+            yield Single(unit, choice, float(torch.cat(given).abs().mean()))
 
     return calibrated(task, averaged("first_order", task, each, forward_passes=_passes(task)))
 
@@ -68,9 +71,9 @@ def first_order(task: Task) -> Table:
 def fisher_elementwise(task: Task) -> Table:
     """Σ g² e² over the elements of a result, scaled to errors of the outputs."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         for unit, choice, given in _each(task, record, is_wanted, _squares):
-            yield unit, choice, sum(given) / len(given)
+            yield Single(unit, choice, sum(given) / len(given))
 
     table = averaged("fisher_elementwise", task, each, forward_passes=_passes(task))
     return calibrated(task, table)

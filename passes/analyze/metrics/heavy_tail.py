@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.passes.analyze.calibrate import calibrated
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.replay import Replayer
 from mpq_fx.passes.analyze.sites import OPERANDS
 
@@ -32,11 +32,11 @@ def heavy_tail(task: Task) -> Table:
     alphas = {name: hill(spectrum(w)) for name, (_, w) in weights.items()}
     scores = {name: median(alphas.values()) / alpha for name, alpha in alphas.items()}
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         for unit, choice in task.changes(is_wanted):
             known = ((name, *weights[name]) for name in unit if name in weights)
             powers = (scores[n] * _mean_square(replay, site, choice, w) for n, site, w in known)
-            yield unit, choice, sum(powers)
+            yield Single(unit, choice, sum(powers))
 
     without_data = replace(task, records=task.records[:1])
     table = calibrated(task, averaged("heavy_tail", without_data, each, forward_passes=0))

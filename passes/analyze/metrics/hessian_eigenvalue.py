@@ -17,7 +17,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import (
     Linearized,
@@ -29,7 +29,7 @@ from mpq_fx.passes.analyze.linearize import (
     reached,
     relative_cotangents,
 )
-from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.metrics.hessian_trace import (
     RESULT,
     curved_power,
@@ -63,15 +63,17 @@ def _averaged(metric: str, task: Task) -> tuple[Table, Mapping[Key, Sequence[flo
     """The table of means, and what each call gave to each site of a unit that was measured."""
     seen: dict[Key, list[float]] = {}
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
-        for unit, choice, power in _powers(task, at, eigenvalues(task, record, at, is_wanted)):
+        yield from _powers(task, at, eigenvalues(task, record, at, is_wanted))
+
+    def keep(given: Sequence[Single]) -> None:
+        for unit, choice, power, _ in given:
             for site in unit:
                 seen.setdefault((site, choice.name), []).append(power / len(unit))
-            yield unit, choice, power
 
     passes = 2 + 2.5 * 2 * USUAL * len(task.replay.sites)
-    return averaged(metric, task, each, forward_passes=passes), seen
+    return averaged(metric, task, each, forward_passes=passes, keep=keep), seen
 
 
 def eigenvalues(
@@ -124,12 +126,10 @@ def _through(task: Task, at: Linearized, here: Reached, name: str, v: Tensor) ->
     return up - down
 
 
-def _powers(
-    task: Task, at: Linearized, curvature: Mapping[Key, float]
-) -> Iterator[tuple[Unit, Choice, float]]:
+def _powers(task: Task, at: Linearized, curvature: Mapping[Key, float]) -> Iterator[Single]:
     known = {site for site, _ in curvature}
     units = {unit for unit in task.units if known.issuperset(unit)}
     for unit, choice in task.changes(units.__contains__):
         errors = local_errors(task.replay, at, unit, choice)
         powers = (curved_power(task.replay, at, s, choice, e, curvature) for s, e in errors.items())
-        yield unit, choice, sum(powers)
+        yield Single(unit, choice, sum(powers))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.passes.analyze.linearize import Linearized, linearize, local_errors, probes, pull_back
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.replay import Replayer, call
 from mpq_fx.passes.analyze.sites import OPERANDS
 
@@ -26,7 +26,7 @@ RESULT = "result"
 def hessian_trace(task: Task) -> Table:
     """Mean curvature times squared error, of weight and activation."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         curvature = mean_curvature(task, at)
         for unit, choice in task.changes(is_wanted):
@@ -34,7 +34,7 @@ def hessian_trace(task: Task) -> Table:
             powers = (
                 curved_power(task.replay, at, s, choice, e, curvature) for s, e in errors.items()
             )
-            yield unit, choice, sum(powers)
+            yield Single(unit, choice, sum(powers))
 
     return averaged("hessian_trace", task, each, forward_passes=1 + 3 * MOST)
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
-from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Task, Unit, averaged, singles
+from mpq_fx.facts import Table
+from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Single, Task, averaged, singles
 from mpq_fx.passes.analyze.replay import as_real, is_measurable
 
 WIDTH = 2**14  # numbers kept of a difference; inner products are off by ‖a‖ ‖b‖ / 128 or less
@@ -45,18 +45,25 @@ def with_cross_terms(metric: str, task: Task, difference: Difference) -> Table:
     """‖e(u, c)‖² and 2 ⟨e(u, c), e(v, d)⟩ of the differences that singles make at the outputs."""
     grams, keys, numbers = list[Tensor](), list[Key](), 0
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
-        nonlocal keys, numbers
-        reference, rows = task.replay.run(record, {}), dict[Key, Tensor]()
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
+        reference = task.replay.run(record, {})
         for unit, choice, outputs in singles(task, record, is_wanted):
             error = difference(outputs, reference, task.excluded)
-            rows[unit[0], choice.name], numbers = sketch(error), error.numel()
-            yield unit, choice, float(error.square().sum())
-        grams.append(gram_of([*rows.values()]))
-        keys = [*rows]
+            yield Single(unit, choice, float(error.square().sum()), sketch(error))
 
-    table = averaged(metric, task, each, forward_passes=task.suffixes)
+    def keep(given: Sequence[Single]) -> None:
+        nonlocal keys, numbers
+        rows = rows_of(given)
+        grams.append(gram_of([*rows.values()]))
+        keys, numbers = [*rows], max((len(row) for row in rows.values()), default=0)
+
+    table = averaged(metric, task, each, forward_passes=task.suffixes, keep=keep)
     return replace(table, pairs=pairs_of(torch.stack(grams).mean(0), keys, numbers))
+
+
+def rows_of(given: Sequence[Single]) -> dict[Key, Tensor]:
+    """What each single told beside its power."""
+    return {single.key: single.row for single in given if single.row is not None}
 
 
 def relative_difference(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -21,15 +22,15 @@ import torch
 from torch import Tensor
 
 from mpq_fx.errors import CalibrationError, ConfigError, UnsupportedError, first_line
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.metric import (
     IsWanted,
     Key,
     LossMetric,
     OutputLoss,
     Record,
+    Single,
     Task,
-    Unit,
     averaged,
     filled,
     singles,
@@ -53,6 +54,15 @@ class Expansion:
 
     leaves: Mapping[int, Tensor]  # position -> an output that the loss depends on
     slopes: Mapping[int, Tensor]  # g of each, in the graph of autograd
+
+    def responses(
+        self, outputs: Sequence[Any], reference: Sequence[Any]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """e and H e of outputs that are not those of the float model."""
+        errors = {k: (outputs[k] - reference[k]).to(leaf) for k, leaf in self.leaves.items()}
+        bent = self.bend(errors)
+        _refuse_infinite("curvature", bent)
+        return errors, bent
 
     def rise(self, errors: Mapping[int, Tensor], bent: Mapping[int, Tensor]) -> float:
         """⟨g, e⟩ + ½ ⟨e, H e⟩ in float64"""
@@ -97,6 +107,32 @@ class Seen:
     is_felt: bool = False  # did the loss have a slope or a curvature there?
 
 
+@dataclass(frozen=True)
+class Response:
+    """What a single did to the loss beside raising it."""
+
+    error: Tensor  # s e, a sketch where it is long
+    bent: Tensor  # H e / s
+    noise: float
+    is_changed: bool
+    is_felt: bool
+    is_sketched: bool
+
+    def row(self) -> Tensor:
+        """As numbers: noise in all its bits, flags, then the two that are as long."""
+        noise = torch.tensor([self.noise], dtype=torch.float64).view(torch.float32)
+        flags = torch.tensor([self.is_changed, self.is_felt, self.is_sketched]).float()
+        return torch.cat([noise, flags, self.error.cpu(), self.bent.cpu()])
+
+    @classmethod
+    def of(cls, row: Tensor) -> Response:
+        """What `row` made numbers of."""
+        noise = row[:2].clone().view(torch.float64).item()
+        is_changed, is_felt, is_sketched = row[2:5].bool().tolist()
+        error, bent = row[5:].chunk(2)
+        return cls(error, bent, noise, is_changed, is_felt, is_sketched)
+
+
 def _interlayer_loss(task: Task) -> tuple[Table, Table]:
     """Rises of the user's loss by singles and pairs; noise powers of the same singles."""
     if len(task.losses) < len(task.records):
@@ -104,31 +140,30 @@ def _interlayer_loss(task: Task) -> tuple[Table, Table]:
             "sensitivity='interlayer_loss' needs a loss, and none was given",
             fix="mpq_fx.tune(model, batches, loss=f)",
         )
-    losses, seen = iter(task.losses), Seen()
+    # By call: one whose numbers are known already is not measured again.
+    losses = {id(record): loss for record, loss in zip(task.records, task.losses, strict=False)}
+    seen = Seen()
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         reference = task.replay.run(record, {})
-        at = expand(next(losses), reference)
+        at = expand(losses[id(record)], reference)
         is_sloped = any(bool(g.any()) for g in at.slopes.values())
-        rows = dict[Key, tuple[Tensor, Tensor]]()
-        scale: Tensor | None = None
+        scale = _balance_of(task, record, reference, at)
         for unit, choice, outputs in singles(task, record, is_wanted):
-            errors = {k: (outputs[k] - reference[k]).to(leaf) for k, leaf in at.leaves.items()}
-            bent = at.bend(errors)
-            _refuse_infinite("curvature", bent)
+            errors, bent = at.responses(outputs, reference)
             e, b = _flat(errors), _flat(bent)
-            seen.is_changed |= bool(e.any())
-            seen.is_felt |= is_sloped or bool(b.any())
-            scale = balance(e, b) if scale is None else scale
-            rows[unit[0], choice.name] = sketch(e * scale), sketch(b / scale)
-            noise = output_error(outputs, reference, task.excluded) ** 2
-            for site in unit:
-                seen.noise.setdefault((site, choice.name), []).append(noise / len(unit))
-            yield unit, choice, at.rise(errors, bent)
-        if rows:
-            _cross(seen, rows, sum(leaf.numel() for leaf in at.leaves.values()))
+            response = Response(
+                sketch(e * scale),
+                sketch(b / scale),
+                output_error(outputs, reference, task.excluded) ** 2,
+                is_changed=bool(e.any()),
+                is_felt=is_sloped or bool(b.any()),
+                is_sketched=e.numel() > WIDTH,
+            )
+            yield Single(unit, choice, at.rise(errors, bent), response.row())
 
-    table = averaged("interlayer_loss", task, each, forward_passes=task.suffixes)
+    keep, passes = partial(_cross, seen), task.suffixes
+    table = averaged("interlayer_loss", task, each, forward_passes=passes, keep=keep)
     _refuse_flat(seen)
     means = {key: fmean(powers) for key, powers in seen.noise.items()}
     noise = replace(table, metric="measured_singles", values=filled(task, means), spread={})
@@ -204,15 +239,37 @@ def balance(e: Tensor, bent: Tensor) -> Tensor:
     return (levels[0] / (levels[1] + e.square().mean().sqrt())).sqrt()
 
 
-def _cross(seen: Seen, rows: Mapping[Key, tuple[Tensor, Tensor]], numbers: int) -> None:
+def _balance_of(
+    task: Task, record: Record, reference: Sequence[Any], at: Expansion
+) -> Tensor | float:
+    """The `balance` of the first single of all: the same whoever measures which of them."""
+    units = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
+    if not units or sum(as_real(leaf).numel() for leaf in at.leaves.values()) <= WIDTH:
+        return 1.0
+    replay = replace(task.replay, caches=False)
+    outputs = replay.run(record, dict.fromkeys(units[0], task.options[units[0][0]][1]))
+    return balance(*map(_flat, at.responses(outputs, reference)))
+
+
+def _cross(seen: Seen, given: Sequence[Single]) -> None:
     """½ (⟨e_i, H e_j⟩ + ⟨e_j, H e_i⟩) of one call, and how large chance makes it."""
-    errors, bent = (torch.stack([pair[k] for pair in rows.values()]).double() for k in (0, 1))
+    found = {s.key: Response.of(s.row) for s in given if s.row is not None}
+    if not found:
+        return
+    for single, one in zip(given, found.values(), strict=True):
+        seen.is_changed |= one.is_changed
+        seen.is_felt |= one.is_felt
+        for site in single.unit:
+            known = seen.noise.setdefault((site, single.choice.name), [])
+            known.append(one.noise / len(single.unit))
+    errors = torch.stack([one.error for one in found.values()]).double()
+    bent = torch.stack([one.bent for one in found.values()]).double()
     products = errors @ bent.T
     seen.crossed.append((products + products.T) / 2)
     noise = errors.norm(dim=1)[:, None] * bent.norm(dim=1)
-    is_sketched = numbers > WIDTH
+    is_sketched = any(one.is_sketched for one in found.values())
     seen.chances.append((noise + noise.T) / 2 if is_sketched else torch.zeros_like(noise))
-    seen.keys, seen.numbers = [*rows], seen.numbers + numbers
+    seen.keys, seen.numbers = [*found], seen.numbers + errors.shape[1]
 
 
 def _pairs(seen: Seen) -> dict[tuple[str, str, str, str], float]:

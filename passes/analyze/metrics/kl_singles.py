@@ -10,19 +10,19 @@ from typing import Any
 
 from torch.nn import functional
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, singles
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged, singles
 from mpq_fx.passes.analyze.replay import is_logits
 
 
 def kl_singles(task: Task) -> Table:
     """Divergence of the distributions that a single changes, the largest over the outputs."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         reference = task.replay.run(record, {})
         for unit, choice, outputs in singles(task, record, is_wanted):
-            yield unit, choice, divergence(outputs, reference, task.excluded)
+            yield Single(unit, choice, divergence(outputs, reference, task.excluded))
 
     return calibrated(task, averaged("kl_singles", task, each, forward_passes=task.suffixes))
 

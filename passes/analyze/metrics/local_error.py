@@ -10,20 +10,21 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import Linearized, linearize, local_errors
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 
 
 def local_error(task: Task) -> Table:
     """Relative error of each site's own result, squared; scaled to errors of the outputs."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         for unit, choice in task.changes(is_wanted):
             errors = local_errors(task.replay, at, unit, choice)
-            yield unit, choice, sum(relative_power(e, at.results[s]) for s, e in errors.items())
+            powers = (relative_power(e, at.results[s]) for s, e in errors.items())
+            yield Single(unit, choice, sum(powers))
 
     passes = 1 + task.count / max(1, len(task.units))
     return calibrated(task, averaged("local_error", task, each, forward_passes=passes))
@@ -31,7 +32,7 @@ def local_error(task: Task) -> Table:
 
 def weighed(
     task: Task, at: Linearized, scores: Mapping[str, float], is_wanted: IsWanted
-) -> Iterator[tuple[Unit, Choice, float]]:
+) -> Iterator[Single]:
     """Σ score_u · ‖e_u(c)‖² / ‖y_u‖² over the sites of a unit; those without a score add nothing.
 
     How a score of layers becomes one of choices: what ranks layers says nothing of their formats.
@@ -39,7 +40,7 @@ def weighed(
     for unit, choice in task.changes(is_wanted):
         errors = local_errors(task.replay, at, unit, choice)
         powers = (scores.get(s, 0.0) * relative_power(e, at.results[s]) for s, e in errors.items())
-        yield unit, choice, sum(powers)
+        yield Single(unit, choice, sum(powers))
 
 
 def relative_power(error: Tensor, y: Tensor) -> float:

@@ -18,25 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.graph import placeholders
 from mpq_fx.passes.analyze.calibrate import calibrated
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, singles
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged, singles
 from mpq_fx.passes.analyze.metrics.kl_singles import divergence
 
 
 def masked(task: Task) -> Table:
     """Divergence that each single makes on synthetic inputs."""
-    generator = torch.Generator().manual_seed(0)
+    # Each call has its own: a call whose numbers are known already is not measured again.
+    seeds = {id(record): k for k, record in enumerate(task.records)}
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
+        generator = torch.Generator().manual_seed(seeds[id(record)])
         made = [
             given if node in task.replay.constants else synthetic(given, generator)
             for node, given in zip(placeholders(task.replay.gm), record, strict=True)
         ]
         reference = task.replay.run(made, {})
         for unit, choice, outputs in singles(task, made, is_wanted):
-            yield unit, choice, divergence(outputs, reference, task.excluded)
+            yield Single(unit, choice, divergence(outputs, reference, task.excluded))
 
     return calibrated(task, averaged("masked", task, each, forward_passes=task.suffixes))
 

@@ -17,8 +17,12 @@ import torch
 from torch.fx import Node
 
 from mpq_fx.facts import Choice, Table
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, begun
-from mpq_fx.passes.analyze.metrics.interlayer_hessian import Pair, relative_difference
+from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Single, Task, Unit, averaged, begun
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import (
+    Pair,
+    relative_difference,
+    rows_of,
+)
 from mpq_fx.passes.analyze.replay import Env
 
 IsNear = Callable[[Unit, Unit], bool]
@@ -81,28 +85,45 @@ def projected(task: Task, table: Table) -> Table:
 
 def _pairs(name: str, task: Task, is_near: IsNear) -> Table:
     found: dict[Pair, list[float]] = {}
+    seconds = _seconds_of(task, is_near)
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
-        reference = task.replay.run(record, {})
-        alone: dict[tuple[str, str], float] = {}
-        joint: dict[Pair, float] = {}
-        for changed, outputs in _doubles(task, record, is_wanted, is_near):
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
+        reference, joint = task.replay.run(record, {}), list[float]()
+        for (unit, choice), is_alone, outputs in _doubles(task, record, is_wanted, is_near):
             error = relative_difference(outputs, reference, task.excluded)
             power = float(error.square().sum())
-            (unit, choice), *second = changed
-            if second:
-                ((other, its),) = second
-                joint[unit[0], choice.name, other[0], its.name] = power
+            if is_alone:
+                yield Single(unit, choice, power, torch.tensor(joint, dtype=torch.float64))
+                joint.clear()
             else:
-                alone[unit[0], choice.name] = power
-                yield unit, choice, power
-        for (u, c, v, d), power in joint.items():
-            if (v, d) in alone:
-                found.setdefault((u, c, v, d), []).append(power - alone[u, c] - alone[v, d])
+                joint.append(power)
+
+    def keep(given: Sequence[Single]) -> None:
+        alone = {single.key: single.power for single in given}
+        for (u, c), row in rows_of(given).items():
+            for (v, d), power in zip(seconds[u], row.tolist(), strict=True):
+                if (v, d) in alone:
+                    found.setdefault((u, c, v, d), []).append(power - alone[u, c] - alone[v, d])
 
     passes = 1 + task.count / 2 + _count(task, is_near) / 3
-    table = averaged(name, task, each, forward_passes=passes)
+    table = averaged(name, task, each, forward_passes=passes, keep=keep)
     return replace(table, pairs={pair: sum(seen) / len(seen) for pair, seen in found.items()})
+
+
+def _seconds_of(task: Task, is_near: IsNear) -> dict[str, list[Key]]:
+    """unit -> the singles that `_doubles` pairs its own with, in that order."""
+    left = set(task.units)
+    walked = (begun(task, node, left) for node in task.replay.gm.graph.nodes)
+    order = [unit for unit in walked if unit is not None]
+    return {
+        unit[0]: [
+            (later[0], choice.name)
+            for later in order[k + 1 :]
+            if is_near(unit, later)
+            for choice in task.options[later[0]][1:]
+        ]
+        for k, unit in enumerate(order)
+    }
 
 
 def _count(task: Task, is_near: IsNear) -> int:
@@ -111,13 +132,10 @@ def _count(task: Task, is_near: IsNear) -> int:
     return sum(n * m for k, (u, n) in enumerate(sizes) for v, m in sizes[k + 1 :] if is_near(u, v))
 
 
-Changed = list[tuple[Unit, Choice]]
-
-
 def _doubles(
     task: Task, record: Record, is_wanted: IsWanted, is_near: IsNear
-) -> Iterator[tuple[Changed, list[Any]]]:
-    """(one or two units with their choices, outputs); a single comes behind the pairs it begins."""
+) -> Iterator[tuple[tuple[Unit, Choice], bool, list[Any]]]:
+    """((unit, choice), alone or with one more, outputs); a single comes behind its pairs."""
     replay, nodes = task.replay, list(task.replay.gm.graph.nodes)
     env, left = replay.start(record), set(task.units)
     for at, node in enumerate(nodes):
@@ -134,16 +152,16 @@ def _doubles(
 
 def _seconds(
     task: Task, env: Env, nodes: Sequence[Node], first: tuple[Unit, Choice], near: set[Unit]
-) -> Iterator[tuple[Changed, list[Any]]]:
+) -> Iterator[tuple[tuple[Unit, Choice], bool, list[Any]]]:
     """Walk on with one unit changed; from each later one of `near`, finish with both changed."""
     changed = dict.fromkeys(*first)
     left = set(near)
     for at, node in enumerate(nodes):
         if node.op == "output":
-            yield [first], task.replay.finish(env, nodes[at:], changed)
+            yield first, True, task.replay.finish(env, nodes[at:], changed)
             return
         if unit := begun(task, node, left):
             for choice in task.options[unit[0]][1:]:
                 both = {**changed, **dict.fromkeys(unit, choice)}
-                yield [first, (unit, choice)], task.replay.finish(dict(env), nodes[at:], both)
+                yield first, False, task.replay.finish(dict(env), nodes[at:], both)
         task.replay.step(env, node, changed)

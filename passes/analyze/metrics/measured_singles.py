@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpq_fx.facts import Choice, Table
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged, singles
+from mpq_fx.facts import Table
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged, singles
 from mpq_fx.passes.analyze.replay import output_error
 
 
@@ -15,9 +15,9 @@ def measured_singles(task: Task) -> Table:
     Sites of a tie change together, as they will in every plan.
     """
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         reference = task.replay.run(record, {})
         for unit, choice, outputs in singles(task, record, is_wanted):
-            yield unit, choice, output_error(outputs, reference, task.excluded) ** 2
+            yield Single(unit, choice, output_error(outputs, reference, task.excluded) ** 2)
 
     return averaged("measured_singles", task, each, forward_passes=task.suffixes)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import (
     linearize,
@@ -23,13 +23,13 @@ from mpq_fx.passes.analyze.linearize import (
     reached,
     relative_cotangents,
 )
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 
 
 def perturbation_hessian(task: Task) -> Table:
     """Squared local errors, weighed by the row sums of the Hessian."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         weights = dict[str, Tensor]()
         for here in reached(task, record, is_wanted):
@@ -40,7 +40,8 @@ def perturbation_hessian(task: Task) -> Table:
         for unit, choice in task.changes(units.__contains__):
             errors = local_errors(task.replay, at, unit, choice)
             known = {site: error for site, error in errors.items() if site in weights}
-            yield unit, choice, sum(_power(weights[s], error) for s, error in known.items())
+            powers = (_power(weights[s], error) for s, error in known.items())
+            yield Single(unit, choice, sum(powers))
 
     passes = 2 + 2.5 * len(task.replay.sites) + task.count / max(1, len(task.units))
     table = averaged("perturbation_hessian", task, each, forward_passes=passes)

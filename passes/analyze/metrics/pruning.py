@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import Linearized, linearize, reached
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.metrics.local_error import weighed
 from mpq_fx.passes.analyze.replay import Replayer, call, output_error
 from mpq_fx.passes.analyze.sites import OPERANDS
@@ -30,7 +30,7 @@ SHARE = 0.5  # of the values that are set to zero
 def pruning(task: Task) -> Table:
     """What pruning a layer does to the outputs, times the relative error of the choice."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         scores = dict[str, float]()
         for here in reached(task, record, is_wanted):

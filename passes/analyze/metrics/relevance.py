@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import Linearized, linearize, pull_back
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.metrics.local_error import weighed
 from mpq_fx.passes.analyze.replay import is_logits
 
@@ -24,7 +24,7 @@ from mpq_fx.passes.analyze.replay import is_logits
 def relevance(task: Task) -> Table:
     """Share of the relevance that passes through a unit, times its relative error."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         passed = relevances(task, at)
         total = sum(float(r.abs().sum()) for r in passed.values()) or 1.0

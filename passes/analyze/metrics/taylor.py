@@ -17,10 +17,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from mpq_fx.facts import Choice, Table
+from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.linearize import PROBES, Linearized, linearize, probes, pull_back
-from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, averaged
+from mpq_fx.passes.analyze.metric import IsWanted, Record, Single, Task, averaged
 from mpq_fx.passes.analyze.metrics.hessian_trace import operand_gradients
 from mpq_fx.passes.analyze.metrics.local_error import weighed
 from mpq_fx.passes.analyze.sites import OPERANDS
@@ -29,7 +29,7 @@ from mpq_fx.passes.analyze.sites import OPERANDS
 def taylor(task: Task) -> Table:
     """Squared first-order change by a disturbed input, times the relative error of the choice."""
 
-    def each(record: Record, is_wanted: IsWanted) -> Iterator[tuple[Unit, Choice, float]]:
+    def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         at = linearize(task.replay, record)
         squares = {site: change**2 for site, change in changes(task, at).items()}
         yield from weighed(task, at, squares, is_wanted)
