@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from allocators import DEFAULT, RIVALS, default, ours
@@ -253,9 +254,14 @@ def save(name: str, cells: Sequence[Cell], net: Net, about: str) -> None:
         "score": net.score_name,
         "examples": net.examples,
         "run": about,
-        "cells": [asdict(cell) for cell in cells],
+        "cells": [_short(asdict(cell)) for cell in cells],
     }
     FILE.write_text(json.dumps(kept, indent=None, separators=(",", ":"), sort_keys=True) + "\n")
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Six digits of each number: more would be noise in a file that is kept."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
