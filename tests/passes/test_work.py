@@ -18,6 +18,8 @@ from mpq_fx.checkpoint import Journal
 from mpq_fx.errors import CalibrationError, MpqError, ProcessError
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.analyze.metric import Single, Task, averaged
+from mpq_fx.passes.analyze.metrics import interlayer_loss
+from mpq_fx.passes.analyze.metrics.interlayer_loss import Response
 from mpq_fx.passes.analyze.metrics.measured_pairs import measured_pairs
 from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from mpq_fx.passes.analyze.ranking import predicted
@@ -214,6 +216,37 @@ def test_a_loss_has_both_its_tables_in_processes_and_after_a_stop(make, tmp_path
     assert again[0].provenance["resumed"] == 1
     assert [numbers(table) for table in again] == whole
     assert whole[0][1], "pairs"
+
+
+def test_the_noise_beside_a_loss_is_that_of_the_singles_ties_included():
+    task = deep_task()
+    _, noise = METRICS["interlayer_loss"].measure(task)
+    assert noise.values == pytest.approx(measured_singles(task).values, rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "is_sketched"), [(deep_task, False), (wide_task, True)])
+def test_a_long_error_tells_that_its_products_are_estimates(make, is_sketched, monkeypatch):
+    """What is small beside the products of norms may then be the sketch's own."""
+    found, cross = [], interlayer_loss._cross
+
+    def noted(seen, given):
+        cross(seen, given)
+        found.append((seen.chances[-1], [Response.of(single.row) for single in given]))
+
+    monkeypatch.setattr(interlayer_loss, "_cross", noted)
+    METRICS["interlayer_loss"](make())
+    for chances, responses in found:
+        assert [one.is_sketched for one in responses] == [is_sketched] * len(responses)
+        assert bool((chances > 0).all() if is_sketched else (chances == 0).all())
+
+
+@given(st.floats(0, 1e300), st.tuples(*[st.booleans()] * 3), st.integers(0, 9))
+def test_what_a_single_did_to_a_loss_is_read_from_its_row_bit_by_bit(noise, flags, length):
+    error, bent = torch.randn(length), torch.randn(length)
+    one = Response.of(Response(error, bent, noise, *flags).row())
+    assert torch.equal(one.error, error)
+    assert torch.equal(one.bent, bent)
+    assert (one.noise, one.is_changed, one.is_felt, one.is_sketched) == (noise, *flags)
 
 
 def test_a_power_that_is_not_finite_is_refused_by_those_who_did_not_measure_it(tmp_path):
