@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mpq_fx.passes.analyze.work import Found, Measure, Work
 from mpq_fx.processes import Processes
 
 log = logging.getLogger("mpq_fx")
-ROUNDS = 16  # exchanges of a stage: a kill loses no more than what was measured since the last
+ROUNDS = 8  # exchanges of a stage that is kept: a kill loses what was measured since the last
 
 
 class Sharing(Work):
@@ -46,11 +46,12 @@ class Sharing(Work):
             return frozenset()
         return self._journal.known(self._graph, stage)
 
-    def collect(self, stage: str, names: Sequence[str], measure: Measure) -> dict[str, Found]:
-        known = self._processes.exchange(f"known of {stage}", self._kept(stage, names))[0]
-        missing = [name for name in names if name not in known]
-        found = {**known, **self._measured(stage, missing, measure)}
-        return {name: found[name] for name in names if name in found}
+    def collect(self, stage: str, costs: Mapping[str, float], measure: Measure) -> dict[str, Found]:
+        kept = self._kept(stage, [*costs]), ROUNDS if self._journal is not None else 1
+        known, rounds = self._processes.exchange(f"known of {stage}", kept)[0]
+        missing = {name: cost for name, cost in costs.items() if name not in known}
+        found = {**known, **self._measured(stage, missing, measure, rounds)}
+        return {name: found[name] for name in costs if name in found}
 
     def agreed(self, is_so: bool) -> bool:
         return self._processes.exchange("agreed", is_so)[0]
@@ -78,11 +79,14 @@ class Sharing(Work):
         facts, tensors = self._journal.read(self._graph, stage, name)
         return Found(tuple(tensors["powers"].tolist()), tensors.get("rows"), facts["seconds"])
 
-    def _measured(self, stage: str, names: Sequence[str], measure: Measure) -> dict[str, Found]:
+    def _measured(
+        self, stage: str, costs: Mapping[str, float], measure: Measure, rounds: int
+    ) -> dict[str, Found]:
         """What all processes find of the units of a stage, a part of them in each round."""
-        mine = share(names, self._processes.rank, self.size)
-        step = max(1, math.ceil(len(names) / self.size / ROUNDS))
-        rounds = math.ceil(math.ceil(len(names) / self.size) / step)
+        parts = shares(costs, self.size)
+        mine, most = parts[self._processes.rank], max(map(len, parts))
+        step = max(1, math.ceil(most / rounds))
+        rounds = math.ceil(most / step)
         units = iter(measure(mine)) if mine else iter(())
         found: dict[str, Found] = {}
         for k in range(rounds):
@@ -109,10 +113,13 @@ class Sharing(Work):
         self._journal.append(address, {"seconds": unit.seconds}, {"powers": powers, **rows})
 
 
-def share(names: Sequence[str], rank: int, size: int) -> list[str]:
-    """Every `size`-th unit, to and fro: 0 1 2 2 1 0 0 …
+def shares(costs: Mapping[str, float], size: int) -> list[list[str]]:
+    """Parts of about one cost, each in the order of `costs`.
 
-    An early unit is followed by a longer walk than a late one; so each process has as many of both.
+    The most expensive unit goes first, each to the part that costs least so far (Graham 1969).
     """
-    turns = (k % size if k // size % 2 == 0 else size - 1 - k % size for k in range(len(names)))
-    return [name for name, turn in zip(names, turns, strict=True) if turn == rank]
+    owners, loads = dict[str, int](), [0.0] * size
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += costs[name]
+    return [[name for name in costs if owners[name] == k] for k in range(size)]

@@ -65,6 +65,12 @@ class Task:
         return sum(len(self.options[unit[0]]) - 1 for unit in self.units)
 
     @property
+    def costs(self) -> Mapping[Unit, int]:
+        """About how long the singles of a unit take: a suffix of the graph for each choice."""
+        last = len(self.units)
+        return {u: (len(self.options[u[0]]) - 1) * (last - k) for k, u in enumerate(self.units)}
+
+    @property
     def suffixes(self) -> float:
         """Forward passes of one call and of all its singles; a suffix counts as half of one."""
         return 1 + self.count / 2
@@ -125,15 +131,15 @@ def averaged(
     """
     begin, seconds = time.monotonic(), list[Mapping[str, float]]()
     powers: dict[Key, list[float]] = {}
-    names = [unit[0] for unit in task.units if len(task.options[unit[0]]) > 1]
+    costs = {unit[0]: cost for unit, cost in task.costs.items() if cost}
     for k, record in enumerate(task.records):
         stage = f"{metric}, call {k}"
         if k and not task.work.agreed(_is_time(task, stage, seconds)):
             break
         deadline = float("inf") if k else task.deadline
         measure = partial(_measured, task, each, record, deadline)
-        found = task.work.collect(stage, names, measure)
-        names = [*found]
+        found = task.work.collect(stage, costs, measure)
+        costs = {name: costs[name] for name in found}
         seconds.append({name: unit.seconds for name, unit in found.items()})
         given = _singles_of(task, found)
         for unit, choice, power, _ in given:

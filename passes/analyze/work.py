@@ -6,7 +6,7 @@ metric asks `collect` for the units of a stage (one recorded call) and cannot te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +41,10 @@ class Work:
         """The units of a stage that need not be measured any more."""
         return frozenset()
 
-    def collect(self, stage: str, names: Sequence[str], measure: Measure) -> dict[str, Found]:
-        """What each unit gave, in the order of `names`."""
-        found = dict(measure(names))
-        return {name: found[name] for name in names if name in found}
+    def collect(self, stage: str, costs: Mapping[str, float], measure: Measure) -> dict[str, Found]:
+        """What each unit gave, in the order of `costs`: names with about how long they take."""
+        found = dict(measure([*costs]))
+        return {name: found[name] for name in costs if name in found}
 
     def agreed(self, is_so: bool) -> bool:
         """What hangs on a clock, as the first process sees it."""

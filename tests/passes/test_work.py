@@ -24,7 +24,7 @@ from mpq_fx.passes.analyze.metrics.measured_pairs import measured_pairs
 from mpq_fx.passes.analyze.metrics.measured_singles import measured_singles
 from mpq_fx.passes.analyze.ranking import predicted
 from mpq_fx.processes import ALONE, Processes
-from mpq_fx.sharing import Sharing, share
+from mpq_fx.sharing import Sharing, shares
 from tests.architectures import values
 from tests.passes.conftest import BF16, subject
 from tests.passes.test_metrics import INT4, INT8, planted, task_of
@@ -271,12 +271,12 @@ def test_each_unit_is_measured_by_one_process(name, monkeypatch):
     task, seen = deep_task(), []
     measured = Sharing._measured
 
-    def counted(work, stage, names, measure):
+    def counted(work, stage, costs, measure, rounds):
         def noted(mine):
             seen.extend((stage, name) for name in mine)
             yield from measure(mine)
 
-        return measured(work, stage, names, noted)
+        return measured(work, stage, costs, noted, rounds)
 
     monkeypatch.setattr(Sharing, "_measured", counted)
     in_processes(2, lambda p: spread(task_of_copy(task), name, p))
@@ -336,6 +336,23 @@ def test_an_error_of_one_process_is_told_to_all():
     assert second.what == "no loss depends on the weights"
 
 
+def test_only_the_first_process_is_waited_for_with_patience():
+    """While it solves, compiles and asks the metric; not while all of them measure."""
+    used = []
+
+    def gather(kind: str):
+        return lambda value: used.append(kind) or [value, value]
+
+    processes = Processes(1, 2, gather("prompt"), gather("patient"))
+    processes.exchange("measured", None)
+    processes.rest()
+    processes.awaited()
+    processes.exchange("measured", None)
+    processes.rest()
+    processes.tell(MpqError("late"))
+    assert used == ["prompt", "patient", "prompt", "patient"]
+
+
 def test_processes_at_different_places_do_not_take_each_others_numbers():
     found = in_processes(2, lambda p: p.exchange(f"call {p.rank}", p.rank))
     assert [type(each) for each in found] == [ProcessError, ProcessError]
@@ -354,11 +371,19 @@ def test_processes_of_different_models_end_with_the_difference_on_each():
         assert found.fix == "the same model, batches and options in every process"
 
 
-@given(st.integers(0, 60), st.integers(1, 9))
-def test_shares_hold_each_unit_once_and_walks_of_equal_length(count, size):
-    names = [str(k) for k in range(count)]
-    shares = [share(names, rank, size) for rank in range(size)]
-    assert sorted(name for part in shares for name in part) == sorted(names)
-    assert all(part == sorted(part, key=int) for part in shares), "in the order of the graph"
-    lengths = [sum(count - int(name) for name in part) for part in shares]
-    assert max(lengths) - min(lengths) <= (count if count % (2 * size) else 0)
+@given(st.lists(st.floats(0, 100), max_size=40), st.integers(1, 9))
+def test_shares_hold_each_unit_once_and_cost_about_the_same(given, size):
+    costs = {str(k): cost for k, cost in enumerate(given)}
+    parts = shares(costs, size)
+    assert len(parts) == size
+    assert sorted(name for part in parts for name in part) == sorted(costs)
+    assert all(part == sorted(part, key=int) for part in parts), "in the order of the graph"
+    loads = [sum(costs[name] for name in part) for part in parts]
+    assert max(loads) - min(loads) <= max(given, default=0.0) * (1 + 1e-9)
+
+
+def test_an_early_unit_costs_more_and_one_without_a_choice_nothing():
+    task = deep_task()
+    last = task.units[-1][0]
+    costs = replace(task, options={**task.options, last: task.options[last][:1]}).costs
+    assert [*costs.values()] == [8, 6, 4, 0], "two choices, and how many units are still to come"
