@@ -18,7 +18,7 @@ from rich.progress import Progress
 from mpq_fx.binding import Binding
 from mpq_fx.checkpoint import Journal
 from mpq_fx.clock import ANNOUNCE
-from mpq_fx.compiler import check_loss
+from mpq_fx.compiler import check_names
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
@@ -58,7 +58,7 @@ def tune_model(  # noqa: PLR0913 -- what a user may say
     with together(limit, alone=alone) as processes, ExitStack() as on:
         _check(model, batches, metric, max_drop)
         observing = _observing(config, processes, has_loss=loss is not None)
-        check_loss(observing)
+        check_names(observing)
         is_first = processes.rank == 0
         journal = Journal(checkpoint) if checkpoint is not None and is_first else None
         if journal is not None:
