@@ -29,10 +29,10 @@ INTRODUCTION = """\
 
 Written by `python bench/allocation_table.py` from `allocation.json`; `python bench/allocation.py
 NET --save` measures one net. Trained nets, budgets and seeds were fixed before the runs: {seeds}
-draws of the calibration rows (MiniLM has as many sentences as a draw takes: a draw orders them).
-Errors are relative RMS errors of the outputs on batches that no search has seen. Bits are those of
-the codes, weights alone; latencies are sums of measured kernels of the `cpu` target against the
-float ones, so that a share of 0.5 is one of the table and no promise about the whole net.
+draws of the calibration rows. Errors are relative RMS errors of the outputs on batches that no
+search has seen. Bits are those of the codes, weights alone; latencies are sums of measured kernels
+of the `cpu` target against the float ones, so that a share of 0.5 is one of the table and no
+promise about the whole net.
 
 Other tools' searches are written from their descriptions (bench/allocators.py), with the metric
 nearest to theirs. All solve with the same limit of work. `mpq-fx` with a metric's name is that
@@ -103,7 +103,11 @@ def questions(results: Mapping[str, Any]) -> Iterator[Question]:
 def page(results: Mapping[str, Any]) -> str:
     asked = list(questions(results))
     seeds = max(len(next(iter(q.cells.values()))) for q in asked)
-    parts = [INTRODUCTION.format(seeds=seeds), verdict(asked), *by_search(asked), *by_cell(asked)]
+    runs = [
+        f"- {net}: {of['score']} on {of['examples']}; {of['run']}" for net, of in results.items()
+    ]
+    parts = [INTRODUCTION.format(seeds=seeds), *runs, "", verdict(asked)]
+    parts += [*by_search(asked), *by_cell(asked)]
     return "\n".join(parts) + "\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.metric import Task
@@ -23,11 +24,16 @@ def calibrated(task: Task, table: Table) -> Table:
     guesses = [predicted(table, plan) for plan in plans]
     ratios = [(e / g) ** 2 for e, g in zip(errors, guesses, strict=True) if g > 0]
     kappa = median(ratios) if ratios else 1.0
-    passes = table.provenance["forward_passes"] + len(plans) + 1
+    return multiplied(table, kappa, plans=len(plans))
+
+
+def multiplied(table: Table, kappa: float, *, plans: int, **facts: Any) -> Table:
+    """κ times a table; κ, `facts` and the passes of so many plans are in its provenance."""
+    passes = table.provenance["forward_passes"] + plans + 1
     return replace(
         table,
         values={key: kappa * value for key, value in table.values.items()},
         spread={key: kappa * value for key, value in table.spread.items()},
         pairs={key: kappa * value for key, value in table.pairs.items()},
-        provenance={**table.provenance, "forward_passes": passes, "kappa": kappa},
+        provenance={**table.provenance, "forward_passes": passes, "kappa": kappa, **facts},
     )

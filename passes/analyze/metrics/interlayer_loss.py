@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mpq_fx.errors import CalibrationError, ConfigError, UnsupportedError, first_line
 from mpq_fx.facts import Table
+from mpq_fx.passes.analyze.calibrate import multiplied
 from mpq_fx.passes.analyze.metric import (
     IsWanted,
     Key,
@@ -212,19 +213,7 @@ def scaled(task: Task, table: Table) -> Table:
     both = both or [(n, abs(r)) for n, r in zip(noise, rises, strict=True)]
     whole = math.fsum(r for _, r in both)
     kappa = math.fsum(n for n, _ in both) / whole if whole > 0.0 else 1.0
-    passes = table.provenance["forward_passes"] + len(plans) + 1
-    return replace(
-        table,
-        values={key: kappa * value for key, value in table.values.items()},
-        spread={key: kappa * value for key, value in table.spread.items()},
-        pairs={key: kappa * value for key, value in table.pairs.items()},
-        provenance={
-            **table.provenance,
-            "forward_passes": passes,
-            "kappa": kappa,
-            "kappa_from": basis,
-        },
-    )
+    return multiplied(table, kappa, plans=len(plans), kappa_from=basis)
 
 
 def balance(e: Tensor, bent: Tensor) -> Tensor:
