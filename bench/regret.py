@@ -39,7 +39,8 @@ Key = tuple[str, ...]  # a choice for each unit, by name
 class Regret:
     """Of one search, over the budgets that it kept to."""
 
-    search: Rival
+    search: str
+    metric: str
     regrets: tuple[float | None, ...]  # None: no plan, or one above the budget
     forward_passes: float
 
@@ -48,7 +49,7 @@ class Regret:
         missed = len(self.regrets) - len(found)
         numbers = f"{mean(found):8.2%} mean {max(found):8.2%} worst" if found else "no plan"
         cost = f"{self.forward_passes:5.0f} forward passes a call"
-        return f"{self.search.name:26} {self.search.metric:20} {numbers:28} {cost}" + (
+        return f"{self.search:26} {self.metric:20} {numbers:28} {cost}" + (
             f", {missed} of {len(self.regrets)} budgets missed" if missed else ""
         )
 
@@ -61,14 +62,20 @@ def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list
         costs = sizes(tuple(task.replay.sites.values()), small.options)["bops"].values
         every = enumerated(small)
         errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
-        searches = [default(partial(power, errors, [*_changing(small)])), *ours(metrics), *RIVALS]
-        tables = {m: METRICS.named(m)(small) for m in dict.fromkeys(s.metric for s in searches)}
-        for search in searches:
-            table = tables[search.metric]
-            asked = [problem_of(small, table, costs, share) for share in SHARES]
-            regrets = tuple(regret(problem, search, errors) for problem in asked)
-            passes = table.provenance["forward_passes"] + REFINE_ROUNDS * (search.name == DEFAULT)
-            found.append(Regret(search, regrets, passes))
+        searches = [*ours(metrics), *RIVALS]
+        tables = {m: METRICS.named(m)(small) for m in {"auto", *(s.metric for s in searches)}}
+        measure, beside = partial(power, errors, [*_changing(small)]), tables["auto"].others
+        rows: dict[tuple[str, str], list[float | None]] = {}
+        for share in SHARES:
+            asked = partial(problem_of, small, costs=costs, share=share)
+            mine = default(measure, [asked(table) for table in beside])
+            for each in (mine, *searches):
+                at = regret(asked(tables[each.metric]), each, errors)
+                rows.setdefault((each.name, each.metric), []).append(at)
+        for (search, metric), regrets in rows.items():
+            plans = (1 + len(beside) + REFINE_ROUNDS) * (search == DEFAULT) * len(small.records)
+            passes = tables[metric].provenance["forward_passes"] + plans
+            found.append(Regret(search, metric, tuple(regrets), passes))
 
     looked_on(SUBJECTS[name](), looking_on)
     return found
@@ -111,7 +118,7 @@ def power(
 
 
 def problem_of(
-    task: Task, table: Table, costs: Mapping[tuple[str, str], float], share: float
+    task: Task, table: Table, *, costs: Mapping[tuple[str, str], float], share: float
 ) -> Problem:
     """The least error within a budget that lies `share` of the way from cheapest to dearest."""
     units = [*_changing(task)]
