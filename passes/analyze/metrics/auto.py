@@ -9,7 +9,7 @@ so the search measures plans of all of them.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.metric import Task
@@ -38,7 +38,7 @@ def auto(task: Task) -> Table:
     ranks = [agreement(t, plans[deciding], errors[deciding]).rank for t in tables]
     told = {t.metric: agreement(t, plans[telling], errors[telling]) for t in tables}
     best = tables[_best(ranks)]
-    compared = {name: asdict(found) for name, found in told.items()}
+    compared = {n: {"rank": found.rank, "ratios": [*found.ratios]} for n, found in told.items()}
     passes = sum(table.provenance["forward_passes"] for table in (paired, *blocks))
     provenance = {
         **best.provenance,
