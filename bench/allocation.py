@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocators import DEFAULT, RIVALS, default, ours
+from allocators import DEFAULT, RIVALS, default, ours, without_loss
 from results import parser
 from trained import NETS, Net
 
@@ -297,8 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     registered()
     long = LONG_ON_MINILM if options.net == "minilm" else LONG
-    named = options.metrics.split(",") if options.metrics else [m for m in METRICS if m not in long]
-    metrics = [m for m in named if m not in ("observed", "interlayer_loss")]
+    short = [m for m in without_loss() if m not in (*long, "observed")]
+    metrics = options.metrics.split(",") if options.metrics else short
     net, cells = NETS[options.net](), []
     with torch.no_grad():
         for seed in range(options.seeds):

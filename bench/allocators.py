@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate import Problem, Solution, cp_sat, is_feasible, value_of
 from mpq_fx.passes.allocate.refine import Tried, best_of, refined, suggested
 from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
+from mpq_fx.passes.analyze.metric import LossMetric
 
 Assignment = dict[str, str]
 Allocator = Callable[[Problem], "Assignment | None"]
@@ -32,6 +34,11 @@ class Rival:
     name: str
     metric: str
     allocate: Allocator
+
+
+def without_loss() -> list[str]:
+    """The metrics that ask for no loss of the user's."""
+    return [name for name in METRICS if not isinstance(METRICS.named(name), LossMetric)]
 
 
 def ours(metrics: Iterable[str]) -> list[Rival]:

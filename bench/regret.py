@@ -17,11 +17,11 @@ from functools import partial
 from statistics import mean
 
 import torch
-from allocators import DEFAULT, RIVALS, Rival, default, ours
+from allocators import DEFAULT, RIVALS, Rival, default, ours, without_loss
 from results import parser
 from sensitivity import looked_on
+from trained import NETS
 
-from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate import Problem, is_feasible
@@ -77,7 +77,8 @@ def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list
             passes = tables[metric].provenance["forward_passes"] + plans
             found.append(Regret(search, metric, tuple(regrets), passes))
 
-    looked_on(SUBJECTS[name](), looking_on)
+    net = NETS[name]()
+    looked_on(net.model, net.calibration(0), looking_on)
     return found
 
 
@@ -157,8 +158,8 @@ def _is_asked(pair: tuple[str, str, str, str], names: Mapping[str, tuple[str, ..
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("net", choices=SUBJECTS)
-    made.add_argument("--metrics", default=",".join(METRICS))
+    made.add_argument("net", choices=NETS)
+    made.add_argument("--metrics", default=",".join(without_loss()))
     made.add_argument("--units", type=int, default=8)
     made.add_argument("--choices", type=int, default=3)
     options = made.parse_args(arguments)
