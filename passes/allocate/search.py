@@ -89,6 +89,17 @@ def check_unlinked(problem: Problem) -> None:
         )
 
 
+def check_budgets_alone(problem: Problem) -> None:
+    """ConfigError for limits that a search by budgets of sums would break without a word."""
+    check_unlinked(problem)
+    limited = sorted({*problem.floors, *(problem.peaks.keys() & problem.budgets.keys())})
+    if limited:
+        raise ConfigError(
+            f"this search keeps to budgets of sums, and {', '.join(limited)} has a floor or a peak",
+            fix='search="solver"',
+        )
+
+
 @dataclass(frozen=True)
 class Search:
     """`run` gets the problem with every budget but that of the error, which is the evaluator's.
