@@ -31,7 +31,7 @@ def auto(task: Task) -> Table:
     blocks = _of_blocks(soon, paired)
     tables = [alone, *([paired] if paired.pairs else []), *blocks]
     if len(tables) == 1 or task.work.agreed(time.monotonic() > task.deadline):
-        return alone
+        return replace(alone, others=tuple(tables[1:]))
     plans = [draw(task, seed) for seed in range(2 * PLANS)]
     errors = measured(replace(task, records=task.records[:1]), plans)
     deciding, telling = slice(None, PLANS), slice(PLANS, None)
