@@ -24,6 +24,7 @@ from mpq_fx.graph import kind_of
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
+from mpq_fx.remeasured import is_predicted, remeasured
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -46,6 +47,9 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
     choices = {
         site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
     }
+    if target.is_timed and is_predicted(plan):
+        plan = remeasured(plan, target, config.cache_dir)
+        log.info("%s", plan.notes[-1])
     warn_of_machine(plan, target)
     mode = mode_of(plan, binding.site_names.values())
     if plan.target != target.name and mode != INDUCTOR:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from mpq_fx.formats import TENSOR, Format, format_named
+from mpq_fx.formats import TENSOR, Format, Int, format_named
 from mpq_fx.kernels.triton_math import activate, encode, narrow, scale_and_zero
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
@@ -44,7 +44,7 @@ def refuse_dynamic(fmt: Format) -> Iterator[str]:
 
 
 def _refuse_codes(fmt: Format) -> Iterator[str]:
-    if fmt.is_float or fmt.dtype.itemsize != 1:
+    if not isinstance(fmt.element, Int) or fmt.dtype.itemsize != 1:
         yield f"{fmt} has no integer codes of a byte"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import mpq_fx
+from mpq_fx import passes
 from mpq_fx.api import call
 from mpq_fx.errors import ConfigError, UnsupportedError
 from mpq_fx.facts import Choice, Site
@@ -231,6 +232,27 @@ def test_a_plan_for_an_absent_device_is_predicted_and_says_so(isolated, caplog, 
     with torch.inference_mode():
         mpq_fx.apply(copy.deepcopy(net), plan, config=config)(batches[0])
     assert "device h200, here a100" in caplog.text
+
+
+def test_a_predicted_plan_is_measured_where_the_device_is(isolated, monkeypatch, tmp_path):
+    net, batches = chain(nn.ReLU()), [torch.randn(16, 24) for _ in range(4)]
+    wishes = {"tolerance": 0.05, "objective": "size", "formats": [DYNAMIC_NAME]}
+    config = mpq_fx.Config(target="triton", device="h100", **wishes)
+    plan = mpq_fx.tune(net, batches, config=config, progress=False)
+    timed = replace(triton.on(), is_timed=True, predicted="", on=None, convert=lambda *sites: 0.5)
+    timed = replace(timed, measure=lambda site, choice: 2.0 if choice == DYNAMIC else 3.0)
+    monkeypatch.setattr(passes, "TARGETS", (timed,))
+    compiled = mpq_fx.apply(net, plan, config=mpq_fx.Config(target="triton", cache_dir=tmp_path))
+    with torch.inference_mode():
+        compiled(batches[0])
+    (found,) = {id(b.plan): b.plan for _, b in bindings_of(compiled)}.values()
+    assert [row.ms_after for row in found.ledger] == [2.5, 2.0, 2.0]
+    assert found.baseline["latency"] == 9.5, "the first layer also pays for a pass over its input"
+    assert found.choices == plan.choices, "what a plan says is not changed by applying it"
+    assert "measured here; predicted were" in found.notes[-1]
+    assert not any("predicted by" in note for note in found.notes)
+    assert found.resolve(objective="latency", tolerance=0.05).choices
+    assert list(tmp_path.iterdir()), "what was measured is kept"
 
 
 def test_without_interpreter_and_gpu_a_named_device_is_planned_on_the_reference(
