@@ -22,7 +22,16 @@ from mpq_fx.describe import describe
 from mpq_fx.dynamo import frame_root
 from mpq_fx.errors import ConfigError, PlanError
 from mpq_fx.facts import INDUCTOR, Plan, Site
-from mpq_fx.graph import arguments, clone, mark_weights, output_of, placeholders, run_passes, value
+from mpq_fx.graph import (
+    arguments,
+    clone,
+    kind_of,
+    mark_weights,
+    output_of,
+    placeholders,
+    run_passes,
+    value,
+)
 from mpq_fx.install import FLOAT_WINS, donor, install_plan, release
 from mpq_fx.lifecycle import OBSERVING, Lifecycle
 from mpq_fx.measure import measure
@@ -158,7 +167,7 @@ def welcome(
 
 def check_names(config: Config) -> None:
     """What plug-ins may add to is known by now, and an unknown name refused before any work."""
-    target_named(config.target)
+    target_named(config.target, config.device)
     check_loss(config)
     SOLVERS.named(config.solver)
     if reasons := "; ".join(SEARCHES.named(config.search).refuse(config)):
@@ -198,8 +207,8 @@ def is_planned(graph: Graph, config: Config) -> bool:
 def float_callable(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
-    """Inductor as the user would have it; eager on the reference target: it generates no code."""
-    if config.target == "reference":
+    """Inductor as the user would have it; eager where nothing is timed, which is not for speed."""
+    if not target_named(config.target, config.device, kind_of(example_inputs)).is_timed:
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 

@@ -40,6 +40,7 @@ class Config:
     search: str = "solver"  # how plans are looked for, asking for measured errors
     calibration_calls: int = 8  # distinct calls observed per binding
     target: str = "auto"
+    device: str | None = None  # GPU that target "triton" plans for: "h100"; None: the one at hand
     time_budget: float = 60.0  # seconds of measuring, solving, compiling
     plan: Plan | str | Path | None = None  # use this plan, no calibration
     on_error: str = "raise"  # or "float"

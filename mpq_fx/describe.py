@@ -173,6 +173,8 @@ def _notes(
     graph: Graph, measured: Measured, settled: Settled, clock: Clock, error: float
 ) -> tuple[str, ...]:
     notes = list(clock.notes)
+    if measured.target.predicted:
+        notes.append(f"latency is predicted by {measured.target.predicted}, not measured")
     if graph.caches:
         notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
     notes += _few_calls(measured.parts)

@@ -108,6 +108,7 @@ def _print_target(console: Any, target: TargetFacts) -> None:
 
 def _targets() -> tuple[TargetFacts, ...]:
     from mpq_fx.passes import targets
+    from mpq_fx.passes.lower.target import placed
     from mpq_fx.plugins import load
 
     kernels = load("kernels")
@@ -119,7 +120,7 @@ def _targets() -> tuple[TargetFacts, ...]:
             {op: _examined(t, op) for op in t.choices} if not t.unavailable() else {},
             tuple(name for name, kernel in kernels.items() if kernel.target == t.name),
         )
-        for t in targets().values()
+        for t in (placed(target, None) for target in targets().values())
     )
 
 

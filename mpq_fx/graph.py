@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,12 @@ Pass = Callable[[GraphModule], int]
 def value(node: Node) -> Any:
     """The fake value of a node: a FakeTensor, a SymInt, or a container of them."""
     return node.meta.get("val")
+
+
+def kind_of(values: Iterable[Any]) -> str:
+    """The kind of device that tensors are on: "cuda" if any is, else "cpu"."""
+    kinds = {x.device.type for x in values if isinstance(x, torch.Tensor)}
+    return "cuda" if "cuda" in kinds else "cpu"
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
@@ -185,6 +191,15 @@ def remove_dead(gm: GraphModule) -> None:
     """Drop what nobody reads, and check that every value still stands before its readers."""
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def erase_unread(node: Node) -> None:
+    """Remove a call, and of what it read the calls and constants that nothing else reads."""
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for before in read:
+        if not before.users and before.op != "placeholder":
+            erase_unread(before)
 
 
 def signature_of(gm: GraphModule) -> tuple[tuple[str, ...], int]:

@@ -20,6 +20,7 @@ from mpq_fx.describe import fingerprint
 from mpq_fx.errors import MpqError, PlanError
 from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
 from mpq_fx.first_call import install_compared
+from mpq_fx.graph import kind_of
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
@@ -39,7 +40,11 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
 
     Raises PlanError where the plan cannot mean this model.
     """
-    target = available(target_named(plan.target if config.target == "auto" else config.target))
+    name, kind = (
+        plan.target if config.target == "auto" else config.target,
+        kind_of(binding.values().values()),
+    )
+    target = available(target_named(name, config.device, kind), kind)
     choices = {
         site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
     }

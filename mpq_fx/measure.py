@@ -19,6 +19,7 @@ from mpq_fx.config import Config
 from mpq_fx.errors import CalibrationError, WeightError
 from mpq_fx.facts import Choice, Live, Site, Table
 from mpq_fx.formats import format_named
+from mpq_fx.graph import kind_of
 from mpq_fx.identity import identity_of
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.allocate.problem import ERROR, NOISE
@@ -129,7 +130,9 @@ def assist(graph: Graph, binding: Binding, config: Config, work: Work) -> None:
 
 
 def _seen(graph: Graph, binding: Binding, config: Config, clock: Clock) -> Seen:
-    target, values = available(target_named(config.target)), binding.values()
+    values = binding.values()
+    kind = kind_of(values.values())
+    target = available(target_named(config.target, config.device, kind), kind)
     check_finite(values, graph.paths)
     parts = split([complete(graph, record, values) for record in binding.records])
     replay = replayer(graph.gm, graph.sites, values)

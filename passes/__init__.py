@@ -45,7 +45,8 @@ from mpq_fx.passes.canonicalize.linear_left import spell_left_linear
 from mpq_fx.passes.lower.kernel import with_kernels
 from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.reference import REFERENCE
-from mpq_fx.passes.lower.target import Target
+from mpq_fx.passes.lower.target import Target, placed
+from mpq_fx.passes.lower.triton import TRITON
 from mpq_fx.plugins import Catalog, load
 
 CANONICALIZE: tuple[Pass, ...] = (
@@ -90,18 +91,21 @@ METRICS: Catalog[Metric] = Catalog(
     },
 )
 
-TARGETS = (ONEDNN, REFERENCE)  # "auto" takes the first that is available
+TARGETS = (ONEDNN, TRITON, REFERENCE)  # "auto" takes the first that can run the model here
 
 
-def target_named(name: str) -> Target:
-    """A target by name; "auto" is the first one that is available here."""
+def target_named(name: str, device: str | None = None, tensors: str = "cpu") -> Target:
+    """A target by name, on a device; "auto" is the first one that is available here, and computes
+    on tensors of this kind of device.
+    """
     if name == "auto":
-        found = next(target for target in TARGETS if not target.unavailable())
+        able = (target for target in TARGETS if tensors in target.tensors)
+        found = next(target for target in able if not target.unavailable())
     elif name in targets():
         found = targets()[name]
     else:
         raise ConfigError(f"unknown target {name!r}", fix=f"one of auto, {', '.join(targets())}")
-    return with_kernels(found, load("kernels"))
+    return with_kernels(placed(found, device), load("kernels"))
 
 
 def targets() -> Mapping[str, Target]:

@@ -87,17 +87,41 @@ def sum_tail_of(node: Node, posts: frozenset[str]) -> Tail | None:
     stored as.  None where no sum follows, or where its other operand is not at hand in few bits.
     """
     last = narrowed(node)
-    total = only_user(last)
-    if total is None or total.target is not aten.add.Tensor or total.kwargs:
+    total, other = sum_of(last)
+    if total is None or other is None or not other < node:
         return None
     tail = tail_of(total, posts)
     if value(tail.last).dtype == value(total).dtype:
         return None  # what stays this wide Inductor fuses with its readers
-    for other in total.all_input_nodes:
-        if other is not last and other < node and value(other).shape == value(total).shape:
-            addend = addend_of(node, other, total, value(tail.last).dtype)
-            return replace(tail, addend=addend) if addend is not None else None
-    return None
+    addend = addend_of(node, other, total, value(tail.last).dtype)
+    return replace(tail, addend=addend) if addend is not None else None
+
+
+def any_sum_tail_of(node: Node, posts: frozenset[str]) -> Tail | None:
+    """The same for a kernel that only reads its addend: of any width, and read by others as well.
+
+    It takes the place of the last node, before which all operands stand.
+    """
+    total, other = sum_of(node)
+    if total is None or other is None or value(total).dtype != value(node).dtype:
+        return None
+    addend = Addend(other)
+    if chain := dequantization(other):
+        codes, _, steps, wide = chain
+        addend = Addend(codes, arguments(wide)[1], arguments(steps)[1])
+    elif is_cast(other, value(total).dtype) and value(arguments(other)[0]).is_floating_point():
+        addend = Addend(arguments(other)[0])
+    return replace(tail_of(total, posts), addend=addend)
+
+
+def sum_of(last: Node) -> tuple[Node | None, Node | None]:
+    """The sum that alone reads `last`, and its other operand where that has the same shape."""
+    total = only_user(last)
+    if total is None or total.target is not aten.add.Tensor or total.kwargs:
+        return None, None
+    others = [n for n in total.all_input_nodes if n is not last]
+    is_like = others and value(others[0]).shape == value(total).shape == value(last).shape
+    return total, others[0] if is_like else None
 
 
 def narrowed(node: Node) -> Node:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import SITE, arguments, insert_call, remove_dead, value
+from mpq_fx.graph import SITE, arguments, erase_unread, insert_call, remove_dead, value
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import (
@@ -319,15 +319,6 @@ RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], fro
 }
 
 
-def erase_unread(node: Node) -> None:
-    """Remove a call, and of what it read the calls and constants that nothing else reads."""
-    read = node.all_input_nodes
-    node.graph.erase_node(node)
-    for before in read:
-        if not before.users and before.op != "placeholder":
-            erase_unread(before)
-
-
 def pack(anchor: Node, target: Any, args: tuple[Any, ...], logical: torch.Tensor) -> Node:
     """A call that packs a weight; packing has no fake, so its value is the logical weight's."""
     with anchor.graph.inserting_before(anchor):
@@ -384,4 +375,5 @@ ONEDNN = Target(
     finishing,
     convert,
     facts=cpu.facts,
+    tensors=("cpu",),
 )

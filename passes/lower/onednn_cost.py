@@ -13,6 +13,14 @@ from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
 from mpq_fx.passes.lower import weight_only
+from mpq_fx.passes.lower.aten_cost import (
+    attention,
+    embedding,
+    float_only,
+    handed_over,
+    matmul,
+    residual,
+)
 from mpq_fx.passes.lower.inductor import ALL, INT8
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.signal import image_window
@@ -96,14 +104,6 @@ def convert(site: Site, before: Choice | None, after: Choice) -> float:
         return milliseconds(lambda: codes.copy_(made))
 
 
-def handed_over(site: Site, choice: Choice) -> torch.dtype:
-    """What a site in a choice reads, and can write if the next one is in it too."""
-    if choice.scaling == "static":
-        return torch.uint8
-    name = site.dtype if choice.scaling == "dynamic" else choice.activation
-    return getattr(torch, name)
-
-
 @cache
 def call_overhead() -> float:
     """ms of a quantized matmul that is all overhead, which a template in its place has not."""
@@ -173,39 +173,6 @@ def integer_conv(
     weight = (packed, scales, zeros, bias)
     args = (codes, 0.1, 0, *weight, *window, 1.0, 0, torch.float32, "none", [], "")
     return lambda: onednn.qconv_pointwise.default(*args)
-
-
-def float_only(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    """A convolution of three dimensions, or a transposed one: PyTorch's own kernel."""
-    name = site.op if site.op == "conv3d" else f"conv_transpose{x.dim() - 2}d"
-    kernel, dtype = getattr(torch.nn.functional, name), getattr(torch, choice.activation)
-    x, w = x.to(dtype), torch.randn(site.weight_shape, dtype=dtype)
-    return lambda: kernel(x, w, None, *site.attributes)
-
-
-def residual(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    """Bound by memory: one sum written and read again in the width it is stored in."""
-    kept = x.to(handed_over(site, choice))
-    return lambda: torch.empty_like(kept).copy_(kept)
-
-
-def matmul(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    """The second operand is rebuilt from the number of multiply-accumulates."""
-    n = max(1, site.macs // max(1, x.numel()))
-    x = x.to(getattr(torch, choice.activation))
-    y = torch.randn(*x.shape[:-2], x.shape[-1], n, dtype=x.dtype) if x.dim() > 1 else x
-    return lambda: x @ y
-
-
-def attention(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    q = x.to(getattr(torch, choice.activation))
-    return lambda: aten.scaled_dot_product_attention(q, q, q)
-
-
-def embedding(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
-    w = torch.zeros(site.weight_shape, dtype=getattr(torch, choice.weight))
-    rows = torch.randint(0, w.shape[0], [int(size) for size in site.input_shape])
-    return lambda: aten.embedding(w, rows)
 
 
 KERNELS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from mpq_fx.errors import UnsupportedError
+from mpq_fx.errors import ConfigError, UnsupportedError
 from mpq_fx.facts import Choice, Site
 
 
@@ -63,6 +63,10 @@ class Target:
     convert: Callable[[Site, Choice | None, Choice], float] = lambda site, before, after: 0.0
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
+    predicted: str = ""  # what says how long an op takes, where nothing was measured
+    tensors: tuple[str, ...] = ("cpu", "cuda")  # devices whose tensors it computes on
+    # The target on a device by name, with None on the one at hand; None: it knows no other devices
+    on: Callable[[str | None], Target] | None = None
 
 
 def allowed(
@@ -85,10 +89,30 @@ def _is_permitted(choice: Choice, permitted: tuple[str, ...]) -> bool:
     return choice.name in permitted or choice.weight in permitted
 
 
-def available(target: Target) -> Target:
-    """The target, or UnsupportedError with the reason why it cannot run here."""
+def placed(target: Target, device: str | None) -> Target:
+    """The target on a device that is named, or on the one at hand."""
+    if target.on is not None:
+        return target.on(device)
+    if device is not None:
+        raise ConfigError(
+            f"device={device!r}: target {target.name!r} plans for the machine at hand only",
+            fix=f'options={{"target": "triton", "device": "{device}"}}',
+        )
+    return target
+
+
+def available(target: Target, tensors: str = "cpu") -> Target:
+    """The target, or UnsupportedError with the reason why it cannot run here a model whose tensors
+    are on a kind of device.
+    """
     if reason := target.unavailable():
         raise UnsupportedError(
             f"target {target.name!r} is not available: {reason}", fix='options={"target": "auto"}'
+        )
+    if tensors not in target.tensors:
+        wanted = " or ".join(target.tensors)
+        raise UnsupportedError(
+            f"target {target.name!r} computes on {wanted}, and the model is on {tensors}",
+            fix=f'model.to("{target.tensors[0]}"), or options={{"target": "auto"}}',
         )
     return target

@@ -1,0 +1,126 @@
+"""The contract of every Triton kernel of mpq::linear: when, how a weight is packed, how it is called
+
+A kernel is a value of LinearKernel.  `define` makes it two ops of one signature for all kernels:
+`mpq_triton::<name>_pack(w, scale, zero, fmt)`, which depends on weights alone and is folded into
+constants, and `mpq_triton::<name>(x, …)`, the linear with all that may follow it (Epilogue).
+
+The linear is a custom_op and not a triton_op: its tile is chosen at launch by the number of rows,
+and tracing that choice would tie a compiled graph to the sizes that take the same tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq_fx.formats import Format, format_named
+from mpq_fx.kernels.linear.triton_epilogue import Epilogue
+from mpq_fx.kernels.tile import Machine, Tile
+
+NAMESPACE = "mpq_triton"
+PACK = "(Tensor w, Tensor scale, Tensor zero, str fmt) -> Tensor[]"
+LINEAR = (
+    "(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias, "
+    "Tensor? addend, Tensor? addend_scale, Tensor? addend_zero, Tensor? out_scale, "
+    "Tensor? out_zero, str x_fmt, str w_fmt, SymInt n, str activation, ScalarType dtype, "
+    "str out_fmt) -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides whether a kernel runs a linear, known before there are any tensors."""
+
+    x_fmt: Format
+    w_fmt: Format
+    rows: int | None  # of the activation; None if any
+    n: int
+    k: int
+    machine: Machine
+    scaling: str = "none"  # of the activation: "none" for floats, "static", "dynamic"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: `x` is [rows, K] of any strides, `packed` what the kernel's own `pack` returned."""
+
+    x: Tensor
+    x_scale: Tensor | None  # [rows] or [1] in float32; None of a float format
+    x_zero: Tensor | None  # likewise in int32; None if it is 0
+    packed: tuple[Tensor, ...]
+    x_fmt: Format
+    w_fmt: Format
+    n: int
+    epilogue: Epilogue
+    tile: Tile | None = None  # in place of the kernel's own choice
+
+    def empty(self) -> Tensor:
+        """The result, not yet computed: [rows, N]."""
+        return self.x.new_empty((self.x.shape[0], self.n), dtype=self.epilogue.out_dtype)
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """One kernel of mpq::linear; plain functions."""
+
+    name: str
+    refuse: Callable[[Shape], Iterator[str]]  # why not this linear
+    # (codes [N, K], scale, zero, format) -> new tensors, whose layout is the kernel's own business
+    pack: Callable[[Tensor, Tensor, Tensor, Format], tuple[Tensor, ...]]
+    launch: Callable[[Call], Tensor]  # [rows, N], both above 0, in call.tile or a tile of its own
+    # (M, N, K, machine) -> what a search tries
+    configurations: Callable[[int, int, int, Machine], tuple[Tile, ...]]
+
+
+def define(kernel: LinearKernel) -> LinearKernel:
+    """The kernel, whose ops torch knows from now on."""
+
+    def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> list[Tensor]:
+        return [*kernel.pack(w, scale, zero, format_named(fmt))]
+
+    def linear(x: Tensor, *args: Any) -> Tensor:
+        call = call_of(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *args)
+        y = kernel.launch(call) if call.x.shape[0] and call.n else call.empty()
+        return y.view(*x.shape[:-1], call.n)
+
+    def fake(x: Tensor, *args: Any) -> Tensor:
+        call = call_of(x, *args)
+        return x.new_empty((*x.shape[:-1], call.n), dtype=call.epilogue.out_dtype)
+
+    def register(name: str, function: Callable[..., Any], schema: str) -> Any:
+        name = f"{NAMESPACE}::{name}"
+        return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+
+    register(f"{kernel.name}_pack", pack, PACK).register_fake(pack)
+    register(kernel.name, linear, LINEAR).register_fake(fake)
+    return kernel
+
+
+def call_of(  # the arguments of the schema, in its order
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    addend: Tensor | None,
+    addend_scale: Tensor | None,
+    addend_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    x_fmt: str,
+    w_fmt: str,
+    n: int,
+    activation: str,
+    dtype: torch.dtype,
+    out_fmt: str,
+) -> Call:
+    written = format_named(out_fmt) if out_fmt else None
+    after = (addend, addend_scale, addend_zero, activation, written, out_scale, out_zero)
+    epilogue = Epilogue(dtype, bias, *after)
+    formats = format_named(x_fmt), format_named(w_fmt)
+    return Call(x, x_scale, x_zero, tuple(packed), *formats, n, epilogue)

@@ -1,0 +1,266 @@
+"""codes = clamp(round(f(x) / scale) + zero, qmin, qmax),   f(x): x, or act(x), or act(x) · up
+
+The same codes, scales and zero points as mpq::quantize and mpq::quantize_dynamic, bit for bit where
+f is the identity.  x is read once where a row (or group) fits a tile, else twice: for its range,
+and for its codes.  x has any strides and leading sizes; codes are contiguous.
+
+The ops are `triton_op`s: nothing about their launch depends on a size that may be symbolic, so that
+Inductor sees the kernel itself, plans its memory and calls it without a dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from mpq_fx.formats import TENSOR, Format, format_named
+from mpq_fx.kernels.triton_math import activate, encode, scale_and_zero
+
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+TILE = 4096  # values that one program works on at a time
+LONGEST = 16384  # values of a row that is kept in registers
+
+
+def refuse_static(fmt: Format) -> Iterator[str]:
+    """Why the kernel of given scales does not write codes of this format."""
+    yield from _refuse_codes(fmt)
+    if fmt.block != TENSOR:
+        yield f"{fmt} has more than one scale per tensor, and a static activation has one"
+
+
+def refuse_dynamic(fmt: Format) -> Iterator[str]:
+    """Why the kernel that finds scales itself does not write codes of this format."""
+    yield from _refuse_codes(fmt)
+    if fmt.block == TENSOR:
+        yield f"{fmt} has one scale per tensor, which a kernel of one pass cannot know"
+    if fmt.scale not in (None, torch.float32):
+        yield f"scales of {fmt} are stored in {fmt.scale}, the kernel writes float32"
+
+
+def _refuse_codes(fmt: Format) -> Iterator[str]:
+    if fmt.is_float or fmt.dtype.itemsize != 1:
+        yield f"{fmt} has no integer codes of a byte"
+
+
+@triton.jit
+def load_values(x_ptr, up_ptr, x_at, up_at, mask, ACTIVATION: tl.constexpr):
+    """f(x) in float32, rounded like the tensors that it takes the place of."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION != "none":
+        x = activate(x, ACTIVATION).to(dtype).to(tl.float32)
+    if up_ptr is not None:
+        up = tl.load(up_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
+        x = (x * up).to(dtype).to(tl.float32)
+    return x
+
+
+@triton.jit
+def static_kernel(
+    x_ptr,
+    up_ptr,
+    scale_ptr,
+    zero_ptr,
+    codes_ptr,
+    rows,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_um,
+    stride_uk,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    mask = (row < rows) & (k < K)
+    x_at, up_at = row * stride_xm + k * stride_xk, row * stride_um + k * stride_uk
+    x = load_values(x_ptr, up_ptr, x_at, up_at, mask, ACTIVATION)
+    codes = encode(x, tl.load(scale_ptr), tl.load(zero_ptr), LOW, HIGH)
+    tl.store(codes_ptr + row * K + k, codes.to(codes_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dynamic_kernel(
+    x_ptr,
+    up_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    blocks,
+    groups,
+    length,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_um,
+    stride_uk,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    """Each of `blocks` pieces of rows has `length` values and a scale; a row's last may be short."""
+    block = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    is_mine = block < blocks
+    row, first = block // groups, block % groups * length
+    end = tl.minimum(first + length, K)
+    k = first + tl.arange(0, BLOCK_K)[None, :]
+    x_at, up_at = row * stride_xm, row * stride_um
+    dtype: tl.constexpr = codes_ptr.dtype.element_ty
+    if IS_WHOLE:
+        mask = is_mine & (k < end)
+        at, beside = x_at + k * stride_xk, up_at + k * stride_uk
+        x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
+        low = tl.minimum(tl.min(x, 1, keep_dims=True), 0.0)
+        high = tl.maximum(tl.max(x, 1, keep_dims=True), 0.0)
+        scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
+        codes = encode(x, scale, zero, LOW, HIGH)
+        tl.store(codes_ptr + row * K + k, codes.to(dtype), mask=mask)
+    else:
+        low = tl.zeros((BLOCK_M, 1), tl.float32)
+        high = tl.zeros((BLOCK_M, 1), tl.float32)
+        for start in range(0, length, BLOCK_K):
+            mask = is_mine & (start + k < end)
+            at, beside = x_at + (start + k) * stride_xk, up_at + (start + k) * stride_uk
+            x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
+            low = tl.minimum(low, tl.min(x, 1, keep_dims=True))
+            high = tl.maximum(high, tl.max(x, 1, keep_dims=True))
+        scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
+        for start in range(0, length, BLOCK_K):
+            mask = is_mine & (start + k < end)
+            at, beside = x_at + (start + k) * stride_xk, up_at + (start + k) * stride_uk
+            x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
+            codes = encode(x, scale, zero, LOW, HIGH)
+            tl.store(codes_ptr + row * K + start + k, codes.to(dtype), mask=mask)
+    tl.store(scale_ptr + block, scale, mask=is_mine)
+    tl.store(zero_ptr + block, zero, mask=is_mine)
+
+
+@triton_op("mpq_triton::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> Tensor:
+    return launch_static(x, None, scale, zero, format_named(fmt), "none")
+
+
+@triton_op("mpq_triton::quantize_dynamic", mutates_args=())
+def quantize_dynamic(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_dynamic(x, None, format_named(fmt), "none")
+
+
+@triton_op("mpq_triton::activation_quantize", mutates_args=())
+def activation_quantize(
+    x: Tensor, up: Tensor | None, scale: Tensor, zero: Tensor, activation: str, fmt: str
+) -> Tensor:
+    return launch_static(x, up, scale, zero, format_named(fmt), activation)
+
+
+@triton_op("mpq_triton::activation_quantize_dynamic", mutates_args=())
+def activation_quantize_dynamic(
+    x: Tensor, up: Tensor | None, activation: str, fmt: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_dynamic(x, up, format_named(fmt), activation)
+
+
+def launch_static(
+    x: Tensor, up: Tensor | None, scale: Tensor, zero: Tensor, fmt: Format, activation: str
+) -> Tensor:
+    codes, rows = empty_codes(x, fmt), rows_of(x)
+    beside = rows if up is None else rows_of(up)
+    count, k = rows.shape
+    block = min(power_of_two(k), TILE)
+    tile = {"BLOCK_M": max(1, TILE // block), "BLOCK_K": block}
+    grid = (triton.cdiv(count, tile["BLOCK_M"]), triton.cdiv(k, block))
+    wrap_triton(static_kernel)[grid](
+        *(rows, up if up is None else beside, scale, zero, codes, count, k),
+        *(*rows.stride(), *beside.stride()),
+        LOW=fmt.qmin,
+        HIGH=fmt.qmax,
+        ACTIVATION=activation,
+        **tile,
+    )
+    return codes
+
+
+def launch_dynamic(
+    x: Tensor, up: Tensor | None, fmt: Format, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, (scale, zero), rows = empty_codes(x, fmt), empty_scales(x, fmt), rows_of(x)
+    beside = rows if up is None else rows_of(up)
+    count, k = rows.shape
+    groups, length = fmt.groups(k), fmt.block or k
+    block = min(power_of_two(min(length, k)), LONGEST)
+    is_whole = length <= block
+    if not is_whole:
+        block = TILE
+    tile = {"BLOCK_M": max(1, TILE // block), "BLOCK_K": block, "IS_WHOLE": is_whole}
+    grid = (triton.cdiv(count * groups, tile["BLOCK_M"]),)
+    wrap_triton(dynamic_kernel)[grid](
+        *(rows, up if up is None else beside, codes, scale, zero),
+        *(count * groups, groups, length, k, *rows.stride(), *beside.stride()),
+        LOW=fmt.qmin,
+        HIGH=fmt.qmax,
+        SYMMETRIC=fmt.symmetric,
+        ACTIVATION=activation,
+        **tile,
+        num_warps=8 if block > TILE else 4,
+    )
+    return codes, scale, zero
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[…, K] -> [rows, K]: a view, but of strides that no view of two dimensions has."""
+    k = x.shape[-1] if x.ndim else 1
+    return x.reshape(math.prod(x.shape[:-1]), k)
+
+
+def power_of_two(k: int) -> int:
+    return triton.next_power_of_2(max(k, 1))
+
+
+def empty_codes(x: Tensor, fmt: Format) -> Tensor:
+    return x.new_empty(x.shape, dtype=fmt.dtype)
+
+
+def empty_scales(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, contiguous."""
+    shape = fmt.scale_shape(x.shape)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
+
+
+# The fakes of triton_op would trace the launch, which an interpreted kernel does not allow.
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> Tensor:
+    return empty_codes(x, format_named(fmt))
+
+
+@quantize_dynamic.register_fake
+def _(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
+    named = format_named(fmt)
+    return empty_codes(x, named), *empty_scales(x, named)
+
+
+@activation_quantize.register_fake
+def _(
+    x: Tensor, up: Tensor | None, scale: Tensor, zero: Tensor, activation: str, fmt: str
+) -> Tensor:
+    return empty_codes(x, format_named(fmt))
+
+
+@activation_quantize_dynamic.register_fake
+def _(x: Tensor, up: Tensor | None, activation: str, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
+    named = format_named(fmt)
+    return empty_codes(x, named), *empty_scales(x, named)

@@ -1,0 +1,71 @@
+"""code = clamp(round(x / scale) + zero, LOW, HIGH) and activations, as device functions in Triton
+
+The same float32 arithmetic as `mpq_fx.numerics`, so that codes are equal bit for bit: division
+rounds correctly (`/` on a GPU does not), and a tie goes to the even step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_to_even(x):
+    """round(x) for |x| <= 2^22: a float32 sum with 1.5 · 2^23 has no bits left for a fraction.
+
+    Not libdevice's rint, which the interpreter has not.
+    """
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def encode(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The codes of x, as whole float32 numbers; clamped before they are rounded, to stay small."""
+    shift = zero.to(tl.float32)
+    steps = tl.div_rn(x, scale)
+    steps = tl.minimum(tl.maximum(steps, LOW - shift), HIGH - shift)
+    return round_to_even(steps) + shift
+
+
+@triton.jit
+def stored_scale(raw):
+    """1 for a block of zeros; never a subnormal number."""
+    return tl.maximum(tl.where(raw == 0.0, 1.0, raw), 1.1754943508222875e-38)
+
+
+@triton.jit
+def scale_and_zero(low, high, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Of values from low <= 0 to high >= 0: absmax / HIGH, or the range / (HIGH - LOW)."""
+    if SYMMETRIC:
+        scale = stored_scale(tl.div_rn(tl.maximum(-low, high), HIGH * 1.0))
+        zero = tl.zeros_like(scale)
+    else:
+        levels: tl.constexpr = (HIGH - LOW) * 1.0
+        scale = stored_scale(tl.div_rn(high, levels) - tl.div_rn(low, levels))
+        zero = LOW - round_to_even(tl.div_rn(low, scale))
+        zero = tl.minimum(tl.maximum(zero, LOW * 1.0), HIGH * 1.0)
+    return scale, zero.to(tl.int32)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow"""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """In float32; "none" is the identity, "gelu_tanh" x · sigmoid(2u), u = √(2/π)(x + .044715x³)"""
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "silu":
+        x = x * sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation that kernels do not know")
+    return x
