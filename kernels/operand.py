@@ -13,8 +13,8 @@ from mpq_fx.numerics import block_sums, spread
 
 
 def steps(codes: Tensor, zero: Tensor, fmt: Format) -> Tensor:
-    """codes - zero in float64, which sums products of codes exactly; a float is a plain cast"""
-    if fmt.scale is None:
+    """codes - zero in float64, which sums products of codes exactly; a plain float is cast"""
+    if fmt.is_plain:
         return codes.to(fmt.dtype).double()
     return codes.double() - spread(zero, fmt, codes.shape[-1])
 
@@ -22,7 +22,7 @@ def steps(codes: Tensor, zero: Tensor, fmt: Format) -> Tensor:
 def values(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> Tensor:
     """(codes - zero) * scale in float64"""
     counted = steps(codes, zero, fmt)
-    return counted if fmt.scale is None else counted * spread(scale, fmt, codes.shape[-1]).double()
+    return counted if fmt.is_plain else counted * spread(scale, fmt, codes.shape[-1]).double()
 
 
 def summand(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def summand(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Te
 
     One scale per tensor or row leaves the sum, which is then exact; scales of groups stay in it.
     """
-    if fmt.scale is not None and fmt.block <= 0:
+    if not fmt.is_plain and fmt.block <= 0:
         return steps(codes, zero, fmt), scale.float()
     one = torch.ones((), dtype=torch.float32, device=codes.device)
     return values(codes, scale, zero, fmt), one
@@ -39,7 +39,7 @@ def summand(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Te
 def gradients(
     grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format
 ) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂value -> (∂L/∂codes of a float format, ∂L/∂scale of a scaled one)"""
-    if fmt.scale is None:
+    """∂L/∂value -> (∂L/∂codes of a plain float, ∂L/∂scale of a scaled format)"""
+    if fmt.is_plain:
         return grad.to(codes.dtype), None
     return None, block_sums(grad * steps(codes, zero, fmt), fmt, scale).to(scale.dtype)

@@ -1,8 +1,8 @@
-"""weights of a model <-> integer codes in a plan: a plan that fills a model on the meta device
+"""weights of a model <-> codes in a plan: a plan that fills a model on the meta device
 
     state|NAME|value                     a tensor as it is (norms, biases, buffers, bfloat16
     weights)
-    state|NAME|codes, …|scale, …|zero    a weight in the integer format of its choice
+    state|NAME|codes, …|scale, …|zero    a weight in the scaled format of its choice
 Quantizing a dequantized weight gives the same codes, so a model filled this way runs the same plan.
 """
 
@@ -27,7 +27,7 @@ def attach(plan: Plan, model: torch.nn.Module) -> Plan:
         fmt = weight_format(plan, name)
         if fmt is None:
             found[f"state|{name}|value"] = tensor.detach().clone()
-        elif format_named(fmt).is_float:
+        elif format_named(fmt).is_plain:
             found[f"state|{name}|value"] = tensor.detach().to(getattr(torch, fmt))
         else:
             q = quantize_weight(tensor.detach(), format_named(fmt))

@@ -89,9 +89,9 @@ class Format:
     """value = (code - zero) * scale; `block` values along K share one scale (and one zero point).
 
     `block` is TENSOR, ROW, or a number of values.  `scale` is the dtype scales are stored in, None
-    for a plain float format.  A symmetric format has zero = 0 and leaves the lowest code unused, so
-    that a tensor and its negative have negative codes; an asymmetric one has a zero point within
-    the range of its codes.
+    for a plain float, whose values are their own codes.  A symmetric format has zero = 0 and leaves
+    the lowest integer unused, so that a tensor and its negative have negative codes; an asymmetric
+    one has a zero point within the range of its codes.  Scaled floats are symmetric.
     """
 
     name: str  # the only spelling, in configs, errors, plans, benchmarks
@@ -102,15 +102,22 @@ class Format:
 
     def __post_init__(self) -> None:
         assert self.block in (TENSOR, ROW) or self.block > 0, f"{self.name}: block {self.block}"
-        assert self.is_float or self.scale is not None, f"{self.name}: integers need a scale"
-        assert self.symmetric or not self.is_float, f"{self.name}: floats have no zero point"
+        is_float = isinstance(self.element, Float)
+        assert is_float or self.scale is not None, f"{self.name}: integers need a scale"
+        assert self.symmetric or not is_float, f"{self.name}: floats have no zero point"
 
     def __str__(self) -> str:
         return self.name
 
     @property
-    def is_float(self) -> bool:
-        return isinstance(self.element, Float)
+    def is_plain(self) -> bool:
+        """A plain float: an op casts to it, and there are neither codes nor scales."""
+        return self.scale is None
+
+    @property
+    def has_float_codes(self) -> bool:
+        """Codes that are floats with a scale, such as 8-bit ones."""
+        return isinstance(self.element, Float) and not self.is_plain
 
     @property
     def max(self) -> float:
@@ -129,7 +136,7 @@ class Format:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What holds one unpacked code: int8 or uint8, or the float type itself."""
+        """What holds one unpacked code: int8 or uint8, or the float type of the element."""
         if isinstance(self.element, Int):
             return DTYPES.get(self.element, torch.int8)
         return DTYPES[self.element]
@@ -196,6 +203,8 @@ BUILT_IN = index(
     Format("int4_g32", Int(4), scale=torch.float16, block=32),  # 4.5 bits
     Format("int4_row", Int(4), scale=torch.float16),
     Format("int4_asym", Int(4), scale=torch.float16, block=128, symmetric=False),
+    Format("fp8_e4m3", Float(4, 3, "nan"), scale=torch.float32),
+    Format("fp8_e4m3_tensor", Float(4, 3, "nan"), scale=torch.float32, block=TENSOR),
 )
 FORMATS: Catalog[Format] = Catalog("formats", BUILT_IN)  # and those of plug-ins
 

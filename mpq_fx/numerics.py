@@ -1,5 +1,8 @@
 """code = clamp(round(x / scale) + zero, qmin, qmax);   value = (code - zero) * scale
 
+Codes of a float element round to the nearest of its values instead, a tie to the even code, and
+saturate at the largest, where a cast of torch gives NaN or infinity; they have no zero point.
+
 The slow obvious specification every kernel is held to.  Scales are computed in float32 and have
 one entry per block: shape () per tensor, [..., 1] per row, [..., groups] for groups along the last
 dimension, whose last group may be ragged.  `zero` has the shape of `scale` and is int32, so that
@@ -39,12 +42,17 @@ def grid(element: Int | Float) -> tuple[Tensor, Tensor]:
 
 
 def round_to(x: Tensor, element: Int | Float) -> Tensor:
-    """The value of `element` nearest to x; a tie goes to the even code; out of range saturates."""
+    """The value of `element` nearest to x; a tie goes to the even code; out of range saturates.
+
+    NaN stays NaN, and a float element keeps the sign of what it rounds to zero.
+    """
     values, even = (part.to(x.device) for part in grid(element))
     ties = (values[1:] + values[:-1]) / 2
     down = torch.full_like(ties, -torch.inf)
     ties = torch.where(even[1:], torch.nextafter(ties, down), ties)  # upper code even: round up
-    return values[torch.bucketize(x.double(), ties)].to(x.dtype)
+    near = values[torch.bucketize(x.double(), ties)].to(x.dtype)
+    near = near.copysign(x) if isinstance(element, Float) else near
+    return torch.where(x.isnan(), x, near)
 
 
 def check_finite(x: Tensor, what: str, at: str, error: type[MpqError] = WeightError) -> None:
@@ -127,12 +135,15 @@ def block_sums(values: Tensor, fmt: Format, scale: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, fmt: Format) -> Tensor:
-    """round_to without saturation for integers: torch.round, which also sends ties to even"""
-    return torch.round(x) if isinstance(fmt.element, Int) else round_to(x, fmt.element)
+    """round_to by an operation of torch that sends ties to even too; integers are not saturated"""
+    if fmt.has_float_codes:
+        return x.clamp(-fmt.max, fmt.max).to(fmt.dtype).to(x.dtype)
+    return torch.round(x)
 
 
 def saturate(codes: Tensor, fmt: Format) -> Tensor:
-    return codes if fmt.is_float else codes.clamp(fmt.qmin, fmt.qmax)
+    """Integers, which a zero point may have moved out of range; a float saturates as it rounds."""
+    return codes if fmt.has_float_codes else codes.clamp(fmt.qmin, fmt.qmax)
 
 
 def parameters(
@@ -148,18 +159,18 @@ def quantize(
     x: Tensor, fmt: Format, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Quantized:
     """codes = clamp(round(x / scale) + zero, qmin, qmax); of a plain float format, a cast"""
-    if fmt.scale is None:
+    if fmt.is_plain:
         return Quantized(x.to(fmt.dtype), x.new_empty(0), x.new_empty(0, dtype=torch.int32))
     scale, zero = parameters(x, fmt, scale, zero)
     k = x.shape[-1] if x.ndim else 1
     steps = nearest(x.float() / spread(scale, fmt, k).float(), fmt)
-    codes = saturate(steps + spread(zero, fmt, k), fmt)
+    codes = steps if fmt.has_float_codes else saturate(steps + spread(zero, fmt, k), fmt)
     return Quantized(codes.to(fmt.dtype).view(x.shape), scale, zero)
 
 
 def dequantize(q: Quantized, fmt: Format) -> Tensor:
     """(codes - zero) * scale in float32"""
-    if fmt.scale is None:
+    if fmt.is_plain:
         return q.codes.float()
     k = q.codes.shape[-1] if q.codes.ndim else 1
     steps = q.codes.float() - spread(q.zero, fmt, k)
@@ -170,7 +181,7 @@ def fake_quantize(
     x: Tensor, fmt: Format, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
     """dequantize(quantize(x)) in x's dtype, without making codes: the fast path of replays"""
-    if fmt.scale is None:
+    if fmt.is_plain:
         return x.to(fmt.dtype).to(x.dtype)
     scale, zero = parameters(x, fmt, scale, zero)
     k = x.shape[-1] if x.ndim else 1

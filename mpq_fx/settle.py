@@ -269,7 +269,7 @@ UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
     ALL_BF16: (lambda c: c.weight == "bfloat16",),
     "all int8": (
         lambda c: c.weight == "int8" and c.scaling == "static",  # codes pass from site to site
-        lambda c: c.weight == "int8" and not format_named(c.activation).is_float,
+        lambda c: c.weight == "int8" and not format_named(c.activation).is_plain,
         lambda c: c.weight == "bfloat16",
     ),
     ALL_FLOAT: (),

@@ -84,7 +84,7 @@ def test_seven_bit_codes_cannot_saturate_sixteen_bit_sums():
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_a_plain_float_has_neither_codes_nor_scales(name):
     fmt = FORMATS[name]
-    assert fmt.is_float
+    assert fmt.is_plain
     assert fmt.dtype == getattr(torch, name)
     with pytest.raises(AssertionError, match="no integer codes"):
         _ = fmt.qmax

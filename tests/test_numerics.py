@@ -36,6 +36,8 @@ from mpq_fx.numerics import (
 SCALED = [fmt for fmt in FORMATS.values() if fmt.scale is not None]
 EVERY = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 CODED = pytest.mark.parametrize("fmt", SCALED, ids=str)
+INTEGERS = [fmt for fmt in SCALED if isinstance(fmt.element, Int)]
+FLOATS = pytest.mark.parametrize("fmt", [f for f in SCALED if f.has_float_codes], ids=str)
 SYMMETRIC = pytest.mark.parametrize("fmt", [f for f in SCALED if f.symmetric], ids=str)
 ASYMMETRIC = pytest.mark.parametrize("fmt", [f for f in SCALED if not f.symmetric], ids=str)
 ELEMENTS = [Int(8), Int(7), Int(4), Int(8, signed=False), Float(4, 3, "nan"), Float(5, 2)]
@@ -54,6 +56,11 @@ tensors = arrays.arrays(
 def every_bfloat16() -> torch.Tensor:
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     return x[x.isfinite()].float()
+
+
+def bounds(fmt) -> tuple[float, float]:
+    """The least and the largest code in use."""
+    return (fmt.qmin, fmt.qmax) if isinstance(fmt.element, Int) else (-fmt.max, fmt.max)
 
 
 def stretched(q: Quantized, fmt, part: torch.Tensor) -> torch.Tensor:
@@ -128,13 +135,34 @@ def test_rounding_finds_the_nearest_value_and_sends_ties_to_the_even_code(elemen
 
 
 @pytest.mark.parametrize("fmt", [f for f in SCALED if f.symmetric and f.block == TENSOR], ids=str)
-def test_integer_codes_equal_the_rounding_routine_on_every_bfloat16(fmt):
+def test_codes_equal_the_rounding_routine_on_every_bfloat16(fmt):
     x, one = every_bfloat16(), torch.tensor(1.0)
-    want = round_to(x, fmt.element).clamp(fmt.qmin, fmt.qmax)
+    want = round_to(x, fmt.element).clamp(*bounds(fmt))
     assert torch.equal(quantize(x, fmt, one).codes.float(), want)
 
 
-@pytest.mark.parametrize("fmt", [f for f in SCALED if f.block == TENSOR], ids=str)
+@FLOATS
+def test_codes_of_floats_equal_the_rounding_routine_around_every_tie(fmt):
+    values, _ = grid(fmt.element)
+    middle = ((values[1:] + values[:-1]) / 2).float()
+    scale = torch.ones(fmt.scale_shape((1, 1)))
+    for x in (middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), values.float()):
+        codes = quantize(x.view(-1, 1), fmt, scale).codes
+        want = round_to(x, fmt.element).to(fmt.dtype)
+        assert torch.equal(codes.view(-1).view(torch.uint8), want.view(torch.uint8))
+
+
+@FLOATS
+def test_codes_of_floats_are_the_saturated_casts_of_torch_byte_for_byte(fmt):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()  # NaN and inf
+    want = x.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    scale = torch.ones(fmt.scale_shape((1, 1)))
+    assert torch.equal(quantize(x.view(-1, 1), fmt, scale).codes.view(-1).isnan(), x.isnan())
+    for got in (quantize(x.view(-1, 1), fmt, scale).codes, round_to(x, fmt.element).to(fmt.dtype)):
+        assert torch.equal(got.view(-1).view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", [f for f in INTEGERS if f.block == TENSOR], ids=str)
 def test_integer_codes_equal_the_rounding_routine_at_every_zero_point(fmt):
     x, one = torch.arange(-520, 520, 0.25), torch.tensor(1.0)
     for zero in range(fmt.qmin, fmt.qmax + 1):
@@ -192,19 +220,28 @@ def test_a_weight_of_any_rank_has_a_row_per_output(fmt):
 @given(x=tensors)
 def test_no_value_is_off_by_more_than_half_a_step(fmt, x):
     q = quantize(x, fmt)
-    step = stretched(q, fmt, q.scale)
+    step = stretched(q, fmt, q.scale) * steps_of(x / stretched(q, fmt, q.scale), fmt)
     slack = 1e-6 * x.abs() + 1e-6 * step  # of the float32 division and product
     assert bool(((dequantize(q, fmt) - x).abs() <= step / 2 + slack).all())
+
+
+def steps_of(values: torch.Tensor, fmt) -> torch.Tensor:
+    """How far apart the codes are around a code: 1 for integers, of floats 2^(exponent - man)."""
+    if isinstance(fmt.element, Int):
+        return torch.ones_like(values)
+    exponent = torch.frexp(values.abs().clamp(max=fmt.max)).exponent - 1
+    return torch.exp2(exponent.clamp(min=1 - fmt.element.bias) - fmt.element.man)
 
 
 @CODED
 @FEW
 @given(x=tensors)
 def test_codes_and_zero_points_stay_in_range(fmt, x):
-    q = quantize(x, fmt)
+    q, (low, high) = quantize(x, fmt), bounds(fmt)
+    codes = q.codes.float()
     assert q.codes.dtype == fmt.dtype
-    assert fmt.qmin <= int(q.codes.min()) <= int(q.codes.max()) <= fmt.qmax
-    assert fmt.qmin <= int(q.zero.min()) <= int(q.zero.max()) <= fmt.qmax or fmt.symmetric
+    assert low <= float(codes.min()) <= float(codes.max()) <= high
+    assert low <= int(q.zero.min()) <= int(q.zero.max()) <= high
     assert q.scale.dtype == fmt.scale
     assert q.zero.dtype == torch.int32
     assert tuple(q.scale.shape) == tuple(q.zero.shape) == fmt.scale_shape(x.shape)
@@ -225,7 +262,7 @@ def test_codes_survive_being_dequantized(fmt, x):
 @given(x=tensors)
 def test_codes_grow_with_values(fmt, x):
     row = x.flatten()[:32].sort().values  # within one block
-    assert bool((quantize(row, fmt).codes.int().diff() >= 0).all())
+    assert bool((quantize(row, fmt).codes.float().diff() >= 0).all())
 
 
 @SYMMETRIC
@@ -234,7 +271,7 @@ def test_codes_grow_with_values(fmt, x):
 def test_a_symmetric_format_commutes_with_negation(fmt, x):
     plus, minus = quantize(x, fmt), quantize(-x, fmt)
     assert torch.equal(plus.scale, minus.scale)
-    assert torch.equal(plus.codes, -minus.codes)
+    assert torch.equal(plus.codes.float(), -minus.codes.float())
     assert not bool(plus.zero.any())
 
 
@@ -259,8 +296,8 @@ def test_blocks_of_zeros_have_scale_one(fmt):
 def test_the_largest_magnitude_has_the_largest_code(fmt):
     x = torch.linspace(-3.0, 2.0, 32).view(1, 32)
     q = quantize(x, fmt)
-    assert int(q.codes[0, 0]) == -fmt.qmax
-    assert float(q.scale.flatten()[0]) == pytest.approx(3.0 / fmt.qmax, rel=1e-3)
+    assert float(q.codes[0, 0]) == -fmt.max
+    assert float(q.scale.flatten()[0]) == pytest.approx(3.0 / fmt.max, rel=1e-3)
 
 
 @ASYMMETRIC

@@ -2,12 +2,12 @@
 
 q = stride·p + dilation·r - padding; c runs over the channels of o's group.  1d, 2d or 3d by the
 rank of w, always with a batch dimension.  Padding is 0 in values, that is zx in codes.  The sum of
-products of codes is exact; it is rounded to float32, scaled by sx and then by sw in float32, the
-bias is added, and the result cast to `out_dtype`.  Scales of groups along K = [c, r] stay in the
-sum, in float64.  x has one scale, or a float `x_fmt` (weight-only: x is cast to it and has no
-scale, an empty tensor).
+products of codes is a float64 one, as that of mpq::linear; it is rounded to float32, scaled by sx
+and then by sw in float32, the bias is added, and the result cast to `out_dtype`.  Scales of groups
+along K = [c, r] stay in the sum.  x has one scale, or a plain float `x_fmt` (weight-only: x is cast
+to it and has no scale, an empty tensor).
 
-Every float argument has its exact derivative; codes are integers and carry none (straight-through
+Every plain float and every scale has its exact derivative; codes carry none (straight-through
 estimators belong to training).
 """
 
@@ -84,10 +84,10 @@ def _(  # noqa: PLR0913 - the schema of an op
 def activation(name: str) -> Format:
     """The format of x: the window crosses rows, so that only one scale leaves its sum."""
     fmt = format_named(name)
-    if fmt.scale is not None and fmt.block != TENSOR:
+    if not fmt.is_plain and fmt.block != TENSOR:
         raise UnsupportedError(
             f"mpq::conv needs one scale for its input, but {fmt} has more",
-            fix="use int8_tensor or uint8_tensor",
+            fix="use a format with one scale for the tensor, such as uint8_tensor",
         )
     return fmt
 

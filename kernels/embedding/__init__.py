@@ -1,7 +1,7 @@
 """y[…, d] = (w[i, d] - zw[i]) · sw[i],   i = indices[…]
 
 In float32, then cast to `out_dtype`.  The scale of a row, or those of its groups, go with it.
-A float w and every scale have their exact derivative; codes are integers and carry none.
+A plain float w and every scale have their exact derivative; codes carry none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rows_of(
     """The codes, scales and zero points of the rows looked up; index_select refuses bad indices."""
     picked = indices.reshape(-1)
     codes = w.index_select(0, picked)
-    if fmt.scale is None:
+    if fmt.is_plain:
         return codes.to(fmt.dtype), scale, zero
     if fmt.block == TENSOR:
         return codes, scale, zero

@@ -1,11 +1,11 @@
 """y[m, n] = sx[m] · sw[n] · Σ_k (x[m, k] - zx[m]) · (w[n, k] - zw[n]) + bias[n]
 
-The sum of products of codes is exact; it is rounded to float32, scaled by sx and then by sw in
-float32, the bias is added, and the result cast to `out_dtype`.  Scales of groups stay in the sum,
-which is then a float64 sum of scaled products.  A float `x_fmt` means weight-only: x is cast to it
-and has no scale (an empty tensor).
+The sum of products of codes is a float64 one: exact for integers, and for e4m3 up to K = 2^17.  It
+is rounded to float32, scaled by sx and then by sw in float32, the bias is added, the result cast to
+`out_dtype`.  Scales of groups stay in the sum, which is then a float64 sum of scaled products.
+A plain float `x_fmt` means weight-only: x is cast to it and has no scale (an empty tensor).
 
-Every float argument has its exact derivative; codes are integers and carry none (straight-through
+Every plain float and every scale has its exact derivative; codes carry none (straight-through
 estimators belong to training).
 """
 

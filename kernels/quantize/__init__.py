@@ -2,10 +2,11 @@
 
 quantize: scale and zero are given (static); quantize_dynamic: they are those of x, per tensor, per
 row or per group along the last dimension; quantize_weight: the same over [rows, K], where rows are
-dimension 0 and K is the rest.  A tie goes to the even step.
+dimension 0 and K is the rest.  A tie goes to the even step.  Codes of a scaled float are the values
+of its element nearest to x / scale, in the dtype torch has for them.
 
-Codes are integers and carry no gradient: a straight-through estimator belongs to training, not to
-the op.  The scale of a dynamic or weight quantization has its exact derivative.
+Codes carry no gradient, those of floats neither: a straight-through estimator belongs to training,
+not to the op.  The scale of a dynamic or weight quantization has its exact derivative.
 """
 
 from __future__ import annotations
@@ -22,42 +23,42 @@ from mpq_fx.formats import Format, format_named
 
 @torch.library.custom_op("mpq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> Tensor:
-    named = integers(fmt)
+    named = coded(fmt)
     return filled(x, numerics.quantize(x, named, scale, zero).codes)
 
 
 @quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> Tensor:
-    return torch.empty_like(x, dtype=integers(fmt).dtype)
+    return torch.empty_like(x, dtype=coded(fmt).dtype)
 
 
 @torch.library.custom_op("mpq::quantize_dynamic", mutates_args=())
 def quantize_dynamic(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
-    q = numerics.quantize(x, integers(fmt))
+    q = numerics.quantize(x, coded(fmt))
     return filled(x, q.codes), q.scale, q.zero
 
 
 @quantize_dynamic.register_fake
 def _(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(x, x.shape, integers(fmt))
+    return empty(x, x.shape, coded(fmt))
 
 
 @torch.library.custom_op("mpq::quantize_weight", mutates_args=())
 def quantize_weight(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
-    q = numerics.quantize_weight(w, integers(fmt))
+    q = numerics.quantize_weight(w, coded(fmt))
     return filled(w, q.codes), q.scale, q.zero
 
 
 @quantize_weight.register_fake
 def _(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(w, numerics.weight_rows(w).shape, integers(fmt))
+    return empty(w, numerics.weight_rows(w).shape, coded(fmt))
 
 
-def integers(name: str) -> Format:
-    """The format, if it has integer codes."""
+def coded(name: str) -> Format:
+    """The format, if it has codes and scales."""
     fmt = format_named(name)
-    if fmt.is_float:
-        raise UnsupportedError(f"{fmt} has no integer codes", fix=f"x.to({fmt.dtype})")
+    if fmt.is_plain:
+        raise UnsupportedError(f"{fmt} is a plain float, without a scale", fix=f"x.to({fmt.dtype})")
     return fmt
 
 
@@ -97,18 +98,29 @@ def scale_gradient(grad: Tensor, x: Tensor, fmt: Format) -> Tensor:
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.fmt = inputs
     ctx.save_for_backward(x)
+    ctx.mark_non_differentiable(output[0])  # else autograd would ask codes of floats for gradients
+
+
+def forget(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Static codes depend on no float in a way that has a derivative."""
+    ctx.mark_non_differentiable(output)
+
+
+def static_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    return None, None, None, None
 
 
 def dynamic_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
-    return scale_gradient(grads[1], x, integers(ctx.fmt)), None
+    return scale_gradient(grads[1], x, coded(ctx.fmt)), None
 
 
 def weight_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
     (w,) = ctx.saved_tensors
-    rows = scale_gradient(grads[1], numerics.weight_rows(w), integers(ctx.fmt))
+    rows = scale_gradient(grads[1], numerics.weight_rows(w), coded(ctx.fmt))
     return rows.view(w.shape), None
 
 
+quantize.register_autograd(static_backward, setup_context=forget)
 quantize_dynamic.register_autograd(dynamic_backward, setup_context=remember)
 quantize_weight.register_autograd(weight_backward, setup_context=remember)

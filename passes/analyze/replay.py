@@ -99,7 +99,7 @@ class Replayer:
             return call(node, args, kwargs)
         if site.op == "residual":
             return self.stored(site, choice, call(node, args, kwargs))
-        if format_named(choice.weight).is_float:
+        if format_named(choice.weight).is_plain:
             args = cast(args, getattr(torch, choice.weight))
             return _in(dtype, call(node, args, cast(kwargs, getattr(torch, choice.weight))))
         args = list(args)
@@ -123,7 +123,7 @@ class Replayer:
 
     def stored_weight(self, site: Site, choice: Choice, w: Tensor) -> Tensor:
         """A weight as a choice keeps it, with the numbers it stands for."""
-        if format_named(choice.weight).is_float:
+        if format_named(choice.weight).is_plain:
             return cast(w, getattr(torch, choice.weight)).to(w.dtype)
         return self.quantized_weight(site, choice.weight, w)
 
@@ -134,7 +134,7 @@ class Replayer:
 
     def quantized_activation(self, site: Site, choice: Choice, x: Tensor) -> Tensor:
         fmt = format_named(choice.activation)
-        if fmt.is_float:
+        if fmt.is_plain:
             return x.to(getattr(torch, fmt.name)) if x.is_floating_point() else x
         if choice.scaling == "static":
             scale, zero = self.scales[site.name, fmt.name]

@@ -37,6 +37,7 @@ from mpq_fx.passes.lower.inductor import compile_frozen, finishing, kernels_of
 from mpq_fx.passes.lower.onednn_cost import convert, measure, modes
 from mpq_fx.passes.lower.pointwise import as_maps, as_rows, is_pointwise
 from mpq_fx.passes.lower.quantize_aten import decompose_quantize, encode_static, scalar
+from mpq_fx.passes.lower.reference import FP8
 from mpq_fx.passes.lower.signal import as_image, as_signal, image_window
 from mpq_fx.passes.lower.sums import hide_sums
 from mpq_fx.passes.lower.target import Lowered, Target
@@ -49,8 +50,9 @@ STATIC = Choice("int8", "uint8_tensor", "static")
 STATIC7 = Choice("int8", "int7_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
 
+# FP8 is refused with a reason, so that the ledger says why what a GPU offers is missing.
 CHOICES = {
-    "linear": (BF16, STATIC, DYNAMIC, STATIC7, *weight_only.CHOICES),
+    "linear": (BF16, STATIC, DYNAMIC, STATIC7, *weight_only.CHOICES, *FP8),
     "conv": (BF16, STATIC, STATIC7),
     "embedding": (BF16, Choice("int8", "float32")),
     "residual": (BF16, STATIC),
@@ -74,6 +76,9 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield f"a site in {site.dtype} stays as it is"
     if site.weight_shape and site.weight_shape[0] <= INLINED:
         yield f"{site.weight_shape[0]} outputs are too few to gain, and too few to refresh in place"
+    if any(format_named(name).has_float_codes for name in (choice.weight, choice.activation)):
+        yield "this CPU multiplies no 8-bit floats; int8 takes as many bytes"
+        return
     integer = choice.scaling != "none"
     if integer and not cpu.has("vnni") and choice.activation != "int7_tensor":
         yield "int8 × int8 saturates silently on a CPU without VNNI; int7 activations do not"
@@ -112,7 +117,7 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
 def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
     """Integer linear; if static, scales, bias, activation and requantization in the kernel."""
     x, sx, zx, w, sw, zw, bias, x_name, *_ = arguments(node)
-    if format_named(x_name).is_float:
+    if format_named(x_name).is_plain:
         return weight_only.lower_weight_only(node)
     packed = pack(node, onednn.qlinear_prepack.default, (w, None), value(w).t())
     weight = (packed, flat(node, sw), flat(node, zw))
@@ -293,7 +298,7 @@ def integer_tail(node: Node, posts: frozenset[str]) -> Tail:
 
 def is_static(node: Node) -> bool:
     """Does an integer site read codes whose scale is a constant?"""
-    return arguments(node)[1].op == "get_attr" and not format_named(_formats(node)[0]).is_float
+    return arguments(node)[1].op == "get_attr" and not format_named(_formats(node)[0]).is_plain
 
 
 def _formats(node: Node) -> tuple[str, str]:

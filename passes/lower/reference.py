@@ -21,6 +21,11 @@ BF16 = Choice("bfloat16", "bfloat16")
 FP16 = Choice("float16", "float16")
 STATIC = Choice("int8", "uint8_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
+FP8 = (
+    Choice("fp8_e4m3", "fp8_e4m3", "dynamic"),
+    Choice("fp8_e4m3", "fp8_e4m3_tensor", "static"),
+    Choice("fp8_e4m3", "bfloat16"),
+)
 
 CHOICES = {
     "linear": (
@@ -34,6 +39,7 @@ CHOICES = {
         Choice("int4", "bfloat16"),
         Choice("int4_g32", "bfloat16"),
         Choice("int4_asym", "bfloat16"),
+        *FP8,
     ),
     "conv": (
         BF16,

@@ -1,8 +1,8 @@
 """float op  ->  target-neutral quantized form, one function per op; weights stay values in the
 graph.
 
-float formats     y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
-integer formats   y = mpq::op(quantize(x), quantize_weight(w), b)
+plain floats      y = op(cast(x), cast(w), cast(b)), cast back to the user's dtype
+scaled formats    y = mpq::op(quantize(x), quantize_weight(w), b)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpq_fx.passes.rewrite.merge_quantize import merge_quantize
 from mpq_fx.passes.rewrite.quantized import rewrite_quantized
 from mpq_fx.passes.rewrite.residual import rewrite_residual
 
-INTEGER = {"linear": rewrite_quantized, "conv": rewrite_quantized, "embedding": rewrite_embedding}
+SCALED = {"linear": rewrite_quantized, "conv": rewrite_quantized, "embedding": rewrite_embedding}
 
 CLEANUP = (
     cancel_quantize,  # before merge_quantize, which would compare quantizations it removes
@@ -56,10 +56,10 @@ def rewrite(
             continue
         if site.op == "residual":
             rewrite_residual(gm, node, site, choice, scales)
-        elif format_named(choice.weight).is_float:
+        elif format_named(choice.weight).is_plain:
             rewrite_float(node, choice)
         else:
-            INTEGER[site.op](gm, node, site, choice, scales)
+            SCALED[site.op](gm, node, site, choice, scales)
         changed += 1
     remove_dead(gm)
     check(gm, signature, "rewrite")

@@ -15,7 +15,7 @@ from mpq_fx.passes.rewrite.quantized import quantize_weight
 def rewrite_embedding(
     gm: GraphModule, node: Node, site: Site, choice: Choice, scales: Scales
 ) -> None:
-    """Gather integer rows and scale them; padding and sparse gradients play no part in eval."""
+    """Gather rows of codes and scale them; padding and sparse gradients play no part in eval."""
     w, indices = node.args[:2]
     weight = quantize_weight(node, w, choice.weight)
     args = (indices, *weight, choice.weight, value(node).dtype)

@@ -36,9 +36,11 @@ def hoist_narrowing(gm: GraphModule) -> int:
 def _movable(node: Node) -> Node | None:
     """What a narrowing may be moved in front of."""
     before = node.args[0] if is_narrowing(node) else None
-    if isinstance(before, Node) and before.target in ORDERED and len(before.users) == 1:
-        return before
-    return None
+    if not isinstance(before, Node) or before.target not in ORDERED or len(before.users) != 1:
+        return None
+    dtype = value(node).dtype
+    is_compared = not dtype.is_floating_point or dtype.itemsize > 1  # torch pools no 8-bit floats
+    return before if before.target in VIEWS or is_compared else None
 
 
 def _swap(gm: GraphModule, node: Any, moved: Any) -> Node:

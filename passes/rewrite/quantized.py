@@ -22,7 +22,7 @@ mpq = torch.ops.mpq
 def rewrite_quantized(
     gm: GraphModule, node: Node, site: Site, choice: Choice, scales: Scales
 ) -> None:
-    """One linear or convolution in integer arithmetic, or on integer weights alone."""
+    """One linear or convolution on codes of both operands, or of the weight alone."""
     x, w, bias = (*arguments(node)[:3], None)[:3]
     codes = quantize_activation(gm, node, x, choice, scales.get((site.name, choice.activation)))
     weight = quantize_weight(node, w, choice.weight)
@@ -42,9 +42,9 @@ def quantize_activation(
     choice: Choice,
     fixed: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[Any, Any, Any]:
-    """(codes, scale, zero) of the activation; of a float format the cast value and empty scales."""
+    """(codes, scale, zero) of the activation; of a plain float the cast value and empty scales."""
     fmt = format_named(choice.activation)
-    if fmt.is_float:
+    if fmt.is_plain:
         x = cast_to(node, x, getattr(torch, fmt.name))
         return x, empty(gm, node, torch.float32), empty(gm, node, torch.int32)
     if choice.scaling == "dynamic":

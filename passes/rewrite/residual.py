@@ -30,7 +30,7 @@ def rewrite_residual(
     readers = list(node.users)
     anchor = node.next
     if choice.scaling == "static":
-        kept = _integer(gm, anchor, node, choice, scales[site.name, choice.activation])
+        kept = _encoded(gm, anchor, node, choice, scales[site.name, choice.activation])
     else:
         kept = insert_call(anchor, CAST, (node, getattr(torch, choice.activation)))
         kept = insert_call(anchor, CAST, (kept, value(node).dtype))
@@ -38,7 +38,7 @@ def rewrite_residual(
         reader.replace_input_with(node, kept)
 
 
-def _integer(gm: GraphModule, anchor: Node, node: Node, choice: Choice, fixed: Any) -> Node:
+def _encoded(gm: GraphModule, anchor: Node, node: Node, choice: Choice, fixed: Any) -> Node:
     """(codes - zero) * scale of the codes of `node`."""
     scale = insert_constant(gm, anchor, f"{node.name}_scale", fixed[0])
     zero = insert_constant(gm, anchor, f"{node.name}_zero", fixed[1])

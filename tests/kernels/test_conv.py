@@ -27,7 +27,7 @@ WINDOWS = {  # shape of x, shape of w, stride, padding, dilation, groups
     "no batch": ((0, 3, 9, 8), (4, 3, 3, 3), [1, 1], [1, 1], [1, 1], 1),
 }
 EVERY_WINDOW = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
-ACTIVATIONS = [f for f in FORMATS.values() if f.is_float or f.block == TENSOR]
+ACTIVATIONS = [f for f in FORMATS.values() if f.is_plain or f.block == TENSOR]
 
 
 def limit(w: torch.Tensor) -> float:
@@ -36,7 +36,7 @@ def limit(w: torch.Tensor) -> float:
 
 def value(q: Quantized, fmt: Format, *, weight: bool = False) -> torch.Tensor:
     """(codes - zero) * scale, written again in float64."""
-    if fmt.is_float:
+    if fmt.is_plain:
         return q.codes.double()
     codes = q.codes.double().flatten(1) if weight else q.codes.double()
     k = codes.shape[-1]
@@ -115,8 +115,8 @@ def test_channels_last_gives_the_same_numbers():
 
 
 def leaves(q: Quantized, fmt: Format) -> Quantized:
-    codes = q.codes.clone().requires_grad_() if fmt.is_float else q.codes
-    return Quantized(codes, q.scale if fmt.is_float else q.scale.clone().requires_grad_(), q.zero)
+    codes = q.codes.clone().requires_grad_() if fmt.is_plain else q.codes
+    return Quantized(codes, q.scale if fmt.is_plain else q.scale.clone().requires_grad_(), q.zero)
 
 
 @EVERY_WINDOW

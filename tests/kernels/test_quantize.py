@@ -11,6 +11,8 @@ from mpq_fx.errors import ConfigError, UnsupportedError
 from mpq_fx.formats import FORMATS
 
 ops = torch.ops.mpq
+# opcheck's two others compare by arithmetic that torch does not have for 8-bit floats.
+OF_FLOATS = ("test_autograd_registration", "test_faketensor")
 CODED = pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.scale], ids=str)
 VIEWS = {
     "transposed": torch.randn(7, 5).t(),
@@ -56,6 +58,25 @@ def test_codes_carry_no_gradient():
     assert (codes.requires_grad, scale.requires_grad, zero.requires_grad) == (False, True, False)
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_tensor"])
+def test_codes_that_are_floats_carry_no_gradient_either(name):
+    x = torch.randn(3, 4, requires_grad=True)
+    fixed = [part.requires_grad_(part.is_floating_point()) for part in numbers(x.detach(), name)]
+    assert not ops.quantize(x, *fixed, name).requires_grad
+    for op in (ops.quantize_dynamic, ops.quantize_weight):
+        codes, scale, _ = op(x, name)
+        assert (codes.requires_grad, scale.requires_grad) == (False, True)
+        (got,) = torch.autograd.grad((codes.float() * scale).sum(), x)
+        assert got.abs().sum() > 0
+    torch.library.opcheck(ops.quantize, (x, *fixed, name), test_utils=OF_FLOATS)
+    torch.library.opcheck(ops.quantize_dynamic, (x, name), test_utils=OF_FLOATS)
+    torch.library.opcheck(ops.quantize_weight, (x, name), test_utils=OF_FLOATS)
+
+
+def numbers(x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return numerics.scale_and_zero(x, FORMATS[name])
+
+
 @pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.scale == torch.float32], ids=str)
 @pytest.mark.parametrize("op", ["quantize_dynamic", "quantize_weight"])
 def test_the_scale_has_its_exact_derivative(op, fmt):
@@ -86,9 +107,10 @@ def test_a_block_of_zeros_has_no_derivative():
     assert not x.grad.any()
 
 
-def test_the_derivative_survives_tracing():
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
+def test_the_derivative_survives_tracing(name):
     def loss(x):
-        codes, scale, _ = ops.quantize_dynamic(x, "int8")
+        codes, scale, _ = ops.quantize_dynamic(x, name)
         return (codes.float() * scale).sum()
 
     x = torch.randn(4, 8, requires_grad=True)
@@ -98,7 +120,7 @@ def test_the_derivative_survives_tracing():
 
 
 def test_formats_without_codes_and_unknown_ones_are_refused():
-    with pytest.raises(UnsupportedError, match="bfloat16 has no integer codes") as caught:
+    with pytest.raises(UnsupportedError, match="bfloat16 is a plain float") as caught:
         ops.quantize_dynamic(torch.randn(2, 3), "bfloat16")
     assert caught.value.fix == "x.to(torch.bfloat16)"
     with pytest.raises(ConfigError, match="unknown format 'int5'"):
