@@ -125,14 +125,17 @@ class Format:
         return self.element.max
 
     @property
-    def qmax(self) -> int:
-        assert isinstance(self.element, Int), f"{self.name} has no integer codes"
+    def qmax(self) -> int | float:
+        """The largest code; of float codes the largest finite value."""
+        assert not self.is_plain, f"{self.name} is a plain float and has no codes"
         return self.element.max
 
     @property
-    def qmin(self) -> int:
-        assert isinstance(self.element, Int), f"{self.name} has no integer codes"
-        return -self.qmax if self.symmetric and self.element.signed else self.element.min
+    def qmin(self) -> int | float:
+        """The least code in use."""
+        if isinstance(self.element, Int) and not (self.symmetric and self.element.signed):
+            return self.element.min
+        return -self.qmax
 
     @property
     def dtype(self) -> torch.dtype:

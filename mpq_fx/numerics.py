@@ -137,7 +137,7 @@ def block_sums(values: Tensor, fmt: Format, scale: Tensor) -> Tensor:
 def nearest(x: Tensor, fmt: Format) -> Tensor:
     """round_to by an operation of torch that sends ties to even too; integers are not saturated"""
     if fmt.has_float_codes:
-        return x.clamp(-fmt.max, fmt.max).to(fmt.dtype).to(x.dtype)
+        return x.clamp(fmt.qmin, fmt.qmax).to(fmt.dtype).to(x.dtype)
     return torch.round(x)
 
 

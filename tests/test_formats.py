@@ -68,6 +68,7 @@ def test_a_float_without_specials_uses_every_code():
         ("int7_tensor", -63, 63, torch.int8),
         ("int4", -7, 7, torch.int8),
         ("int4_asym", -8, 7, torch.int8),
+        ("fp8_e4m3", -448.0, 448.0, torch.float8_e4m3fn),
     ],
 )
 def test_the_range_of_codes(name, low, high, dtype):
@@ -86,7 +87,7 @@ def test_a_plain_float_has_neither_codes_nor_scales(name):
     fmt = FORMATS[name]
     assert fmt.is_plain
     assert fmt.dtype == getattr(torch, name)
-    with pytest.raises(AssertionError, match="no integer codes"):
+    with pytest.raises(AssertionError, match="plain float and has no codes"):
         _ = fmt.qmax
 
 

@@ -52,11 +52,6 @@ def every_bfloat16() -> torch.Tensor:
     return x[x.isfinite()].float()
 
 
-def bounds(fmt) -> tuple[float, float]:
-    """The least and the largest code in use."""
-    return (fmt.qmin, fmt.qmax) if isinstance(fmt.element, Int) else (-fmt.max, fmt.max)
-
-
 def stretched(q: Quantized, fmt, part: torch.Tensor) -> torch.Tensor:
     return spread(part, fmt, q.codes.shape[-1]).float().expand(q.codes.shape)
 
@@ -127,7 +122,7 @@ def steps_of(values: torch.Tensor, fmt) -> torch.Tensor:
 @FEW
 @given(x=tensors)
 def test_codes_and_zero_points_stay_in_range(fmt, x):
-    q, (low, high) = quantize(x, fmt), bounds(fmt)
+    q, low, high = quantize(x, fmt), fmt.qmin, fmt.qmax
     codes = q.codes.float()
     assert q.codes.dtype == fmt.dtype
     assert low <= float(codes.min()) <= float(codes.max()) <= high

@@ -48,10 +48,8 @@ def encode(anchor: Node, x: Any, scale: Any, zero: Any, fmt: Format) -> Node:
     A cast to floats rounds by itself, and saturates what was clamped before.
     """
     y = insert_call(anchor, aten.div.Tensor, (as_float(anchor, x), scale))
-    if fmt.has_float_codes:
-        y = insert_call(anchor, aten.clamp.default, (y, -fmt.max, fmt.max))
-        return insert_call(anchor, CAST, (y, fmt.dtype))
-    y = insert_call(anchor, aten.round.default, (y,))
+    if not fmt.has_float_codes:
+        y = insert_call(anchor, aten.round.default, (y,))
     if isinstance(zero, Node) or zero != 0:
         y = insert_call(anchor, aten.add.Tensor, (y, zero))
     y = insert_call(anchor, aten.clamp.default, (y, fmt.qmin, fmt.qmax))
