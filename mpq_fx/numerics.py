@@ -1,7 +1,7 @@
 """code = clamp(round(x / scale) + zero, qmin, qmax);   value = (code - zero) * scale
 
 Codes of a float element round to the nearest of its values instead, a tie to the even code, and
-saturate at the largest, where a cast of torch gives NaN or infinity; they have no zero point.
+saturate at the largest, where a cast of torch may give NaN or infinity; they have no zero point.
 
 The slow obvious specification every kernel is held to.  Scales are computed in float32 and have
 one entry per block: shape () per tensor, [..., 1] per row, [..., groups] for groups along the last
