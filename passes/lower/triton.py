@@ -44,6 +44,8 @@ CHOICES = {
         Choice("int8", "int8", "dynamic"),
         Choice("int8", "int8_tensor", "static"),
         Choice("int8", "int8_asym", "dynamic"),
+        Choice("fp8_e4m3", "fp8_e4m3", "dynamic"),
+        Choice("fp8_e4m3", "fp8_e4m3_tensor", "static"),
     ),
     "conv": (BF16,),
     "embedding": (BF16,),

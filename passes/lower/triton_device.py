@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mpq_fx.config import nearest
 from mpq_fx.errors import ConfigError
 from mpq_fx.facts import Choice, Site
-from mpq_fx.formats import FORMATS, format_named
+from mpq_fx.formats import FORMATS, Int, format_named
 from mpq_fx.kernels.tile import Machine
 
 KB = 1024
@@ -77,7 +77,7 @@ def moving(bits: float, device: Device) -> float:
 def arithmetic(choice: Choice) -> str:
     """The kind of tensor core: that of integers if both operands are, else that of floats."""
     weight, activation = format_named(choice.weight), format_named(choice.activation)
-    if not weight.is_float and not activation.is_float:
+    if isinstance(weight.element, Int) and isinstance(activation.element, Int):
         return "int8"
     bits = max(weight.element.bits, activation.element.bits)
     return {8: "float8", 16: "bfloat16"}.get(bits, "float32")

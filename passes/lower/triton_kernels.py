@@ -5,6 +5,7 @@ Imported when a graph is lowered or a choice is judged, since it needs the packa
 
 from __future__ import annotations
 
+from mpq_fx.kernels.linear.triton_float8 import FLOAT8
 from mpq_fx.kernels.linear.triton_int8 import INT8
 from mpq_fx.kernels.linear.triton_linear import LinearKernel
 from mpq_fx.kernels.tile import Machine
@@ -13,7 +14,7 @@ from mpq_fx.passes.lower.triton import NAME
 from mpq_fx.passes.lower.triton_linear import linear_kernel
 from mpq_fx.passes.lower.triton_quantize import quantize_kernels
 
-LINEAR: tuple[LinearKernel, ...] = (INT8,)
+LINEAR: tuple[LinearKernel, ...] = (INT8, FLOAT8)
 
 
 def kernels(machine: Machine) -> dict[str, Kernel]:
