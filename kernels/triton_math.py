@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -17,6 +20,16 @@ def round_to_even(x):
     Not libdevice's rint, which the interpreter has not.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 in another dtype, to nearest: the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 32767 + ((bits >> 16) & 1)) & -65536  # a tie goes to the even one
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
