@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -17,6 +20,16 @@ def round_to_even(x):
     Not libdevice's rint, which the interpreter has not.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 in another dtype, to nearest: the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 32767 + ((bits >> 16) & 1)) & -65536  # a tie goes to the even one
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -35,9 +48,9 @@ def float_code(x, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     """The code of the 8-bit float nearest to x, a tie to the even code, at most HIGH; NaN is NaN.
 
     In bits, since the interpreter's cast rounds ties up and goes wrong at numbers close to zero.
-    A sum with 1.5 · 2^23 times the step of x's binade rounds it to that step.  What is left, brought
-    from the bias of DTYPE to that of float32 by a product, has the code in its upper bits: numbers
-    below 2^(1 - bias) have become subnormal in float32 as they are in DTYPE.
+    A sum with 1.5 · 2^23 times the step of x's binade rounds it to that step.  What is left,
+    brought from the bias of DTYPE to that of float32 by a product, has the code in its upper bits:
+    what is below 2^(1 - bias) has become subnormal in float32, as it is in DTYPE.
     """
     MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width
     BIAS: tl.constexpr = DTYPE.exponent_bias

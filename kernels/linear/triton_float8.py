@@ -28,6 +28,7 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.tile import (
     INTERPRETER,
+    ROOMY,
     Machine,
     Tile,
     around,
@@ -35,6 +36,7 @@ from mpq_fx.kernels.tile import (
     fitting,
     key,
     machine,
+    roomy,
     tuned,
 )
 
@@ -54,7 +56,6 @@ TILES = {
         Tile(64, 64, 128, 8, 4, 4),
     ),
 }
-SUMS = 128  # that a thread keeps in registers; with more of them it spills
 OLDEST = (8, 9)  # the architecture from which on tensor cores multiply 8-bit floats
 EXACT = ("sm_100", "sm_103")  # whose tensor cores sum in float32 all the way
 
@@ -80,29 +81,34 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
     return codes, scale.float().reshape(-1).expand(w.shape[0]).clone()
 
 
-def tile(m: int, n: int, k: int, at: Machine) -> Tile:
+def tile(m: int, n: int, k: int, at: Machine, *, is_plain: bool) -> Tile:
     """What was tuned for this shape, else by the table."""
     found = tuned(TUNED, NAME, key(at, m, n, k))
-    return found or filling(listed(m, at), at, m, n)
+    if found is not None and kept([found], at, is_plain=is_plain):
+        return found
+    return filling(listed(m, at, is_plain=is_plain), at, m, n)
 
 
-def listed(m: int, at: Machine) -> tuple[Tile, ...]:
-    return kept(TILES[next((rows for rows in TILES if m <= rows), 0)], at)
+def listed(m: int, at: Machine, *, is_plain: bool = True) -> tuple[Tile, ...]:
+    """The tiles of the table for so many rows."""
+    tiles = TILES[next((rows for rows in TILES if m <= rows), 0)]
+    return kept(tiles, at, is_plain=is_plain)
 
 
 def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
     """What a search tries: the tiles of the table for so many rows, and each one's neighbors."""
     found = (near for tile in listed(m, at) for near in around(tile))
-    return kept(tuple(dict.fromkeys(found)), at)
+    return kept(tuple(dict.fromkeys(found)), at, is_plain=True)
 
 
-def kept(tiles: Sequence[Tile], at: Machine) -> tuple[Tile, ...]:
-    """Those whose operands fit into shared memory, and whose sums fit into registers: where they
-    are promoted, twice.
+def kept(tiles: Sequence[Tile], at: Machine, *, is_plain: bool) -> tuple[Tile, ...]:
+    """Those whose operands fit into shared memory, and whose sums leave registers for what else
+    there is: an epilogue, or the same sums in float32.
     """
-    times = 2 if is_promoted(at) else 1
     found = fitting(tiles, at, 1, 1)
-    return tuple(t for t in found if times * t.block_m * t.block_n <= SUMS * 32 * t.warps)
+    if is_promoted(at) or not is_plain:
+        return roomy(found)
+    return tuple(t for t in found if t.values <= 2 * ROOMY)
 
 
 def is_promoted(at: Machine) -> bool:
@@ -175,7 +181,7 @@ def launch(call: Call) -> Tensor:
     """One program per tile of results."""
     y, (w, scales) = call.empty(), call.packed
     (m, k), n, at = call.x.shape, call.n, machine(call.x.device)
-    cut = call.tile or tile(m, n, k, at)
+    cut = call.tile or tile(m, n, k, at, is_plain=call.epilogue.is_plain)
     assert cut.block_k <= LONGEST, f"sums of {cut.block_k} products in a tensor core"
     float8_kernel[(cut.count(m, n),)](
         *(call.x, call.x_scale, w, scales, y),

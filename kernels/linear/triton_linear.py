@@ -1,4 +1,4 @@
-"""The contract of every Triton kernel of mpq::linear: when, how a weight is packed, how it is called
+"""The contract of every Triton kernel of mpq::linear: when, how a weight is packed, how it runs
 
 A kernel is a value of LinearKernel.  `define` makes it two ops of one signature for all kernels:
 `mpq_triton::<name>_pack(w, scale, zero, fmt)`, which depends on weights alone and is folded into
