@@ -27,7 +27,7 @@ from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes, unit_of
-from mpq_fx.kernels.linear.triton_split import add_parts, scaled
+from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
 from mpq_fx.numerics import in_groups, on_grid
 
@@ -123,6 +123,7 @@ def int4_int8_kernel(
     M, N, K, steps, stride_xm, stride_xk, stride_am, stride_an,
     ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     STRIDE_S: tl.constexpr, GROUP: tl.constexpr, HAS_SCALES: tl.constexpr, IS_WHOLE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, or (not IS_WHOLE) of its share of `steps` steps along K, without row scales.
@@ -130,44 +131,42 @@ def int4_int8_kernel(
     Groups HAS_SCALES of their own, or the sum over K stays an int32.
     """
     UNITS: tl.constexpr = BLOCK_K // 32
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, first_column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # Rows and columns past the end read those of the beginning, and are not stored.
+    row = (first_row + tl.arange(0, BLOCK_M)) % M
+    column = (first_column + tl.arange(0, BLOCK_N)) % N
+    k, unit = tl.arange(0, BLOCK_K), tl.arange(0, UNITS)[None, :, None]
     first = tl.program_id(1) * steps
+    x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k).to(tl.int64) * stride_xk
+    at = column[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words_at = words_ptr + (first * UNITS + unit).to(tl.int64) * N * 4 + at
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if HAS_SCALES else tl.int32)
     for number in range(first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))):
-        k = (number * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-        at = m[:, None] * stride_xm + k[None, :] * stride_xk
-        x = tl.load(x_ptr + at, mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-        unit = (number * UNITS + tl.arange(0, UNITS)).to(tl.int64)[None, :, None]
-        at = (unit * N + n[:, None, None]) * 4 + tl.arange(0, 4)[None, None, :]
-        inside = (n < N)[:, None, None] & (unit * 32 < K)
-        words = tl.load(words_ptr + at, mask=inside, other=0)
-        group = number * BLOCK_K // GROUP if GROUP else 0
+        start = number * BLOCK_K
+        words = tl.load(words_at, mask=unit * 32 < K - start, other=0)
+        x = tl.load(x_at) if IS_EVEN else tl.load(x_at, mask=k < K - start, other=0)
+        group = start // GROUP if GROUP else 0
         low = 120  # 128 less the half that codes are stored with
         if low_ptr is not None:
-            low = tl.load(low_ptr + group * N + n, mask=n < N, other=0)
-            low = low.to(tl.int32)[:, None, None]
+            low = tl.load(low_ptr + group * N + column).to(tl.int32)[:, None, None]
         step = 1
         if step_ptr is not None:
-            step = tl.load(step_ptr + group * N + n, mask=n < N, other=0)
-            step = step.to(tl.int32)[:, None, None]
+            step = tl.load(step_ptr + group * N + column).to(tl.int32)[:, None, None]
         w = tl.trans(in_bytes(words, step, low))
         if HAS_SCALES:
             total = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
-            scale = tl.load(scale_ptr + group * N + n, mask=n < N, other=0)
-            acc += total * scale.to(tl.float32)[None, :]
+            acc += total * tl.load(scale_ptr + group * N + column).to(tl.float32)[None, :]
         else:
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-    m, n = m[:, None], n[None, :]
-    at = y_ptr + (tl.program_id(1).to(tl.int64) * M + m) * N + n
+        x_at += BLOCK_K * stride_xk
+        words_at += UNITS * N * 4
     if IS_WHOLE:
-        acc = scaled(acc, x_scale_ptr, None if HAS_SCALES else scale_ptr, m, n, M, N, STRIDE_S)
+        at = (first_row, first_column, M, N)
+        y = scaled(acc, x_scale_ptr, None if HAS_SCALES else scale_ptr, *at, STRIDE_S)
         after = (addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr)
-        acc = finish(
-            acc, m, n, M, N, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH
-        )
-    tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+        finish(y, y_ptr, *at, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
+    else:
+        store_part(acc, y_ptr, tl.program_id(1), first_row, first_column, M, N)
 
 
 def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
@@ -186,7 +185,7 @@ def launch(call: Call) -> Tensor:
     y, x, fmt = call.empty(), call.x, call.w_fmt
     words, scale, low, step = (*call.packed, None, None)[:4]
     (m, k), n, has_scales = x.shape, call.n, fmt.block > 0
-    cut = within_group(call.tile or tile(m, n, k, fmt, machine(x.device)), fmt)
+    cut = call.tile or tile(m, n, k, fmt, machine(x.device))
     is_whole = cut.split_k == 1
     kind = torch.float32 if has_scales else torch.int32
     out = y if is_whole else x.new_empty((cut.split_k, m, n), dtype=kind)
@@ -203,6 +202,7 @@ def launch(call: Call) -> Tensor:
         GROUP=group_of(fmt),
         HAS_SCALES=has_scales,
         IS_WHOLE=is_whole,
+        IS_EVEN=k % cut.block_k == 0,
         BLOCK_M=cut.block_m,
         BLOCK_N=cut.block_n,
         BLOCK_K=cut.block_k,

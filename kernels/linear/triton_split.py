@@ -18,14 +18,28 @@ BLOCK = 256
 
 
 @triton.jit
-def scaled(y, x_scale_ptr, w_scale_ptr, m, n, M, N, STRIDE_S: tl.constexpr):
-    """A whole sum times the scale of the activation's row, and then of the weight's, if given."""
+def scaled(
+    y, x_scale_ptr, w_scale_ptr, first_row, first_column, M, N, STRIDE_S: tl.constexpr
+):  # fmt: skip
+    """A tile of whole sums times the scales of the activation's rows, and then of the weight's."""
     y = y.to(tl.float32)
     if x_scale_ptr is not None:
-        y *= tl.load(x_scale_ptr + m * STRIDE_S, mask=m < M, other=0.0).to(tl.float32)
+        row = (first_row + tl.arange(0, y.shape[0])) % M
+        y *= tl.load(x_scale_ptr + row * STRIDE_S).to(tl.float32)[:, None]
     if w_scale_ptr is not None:
-        y *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        column = (first_column + tl.arange(0, y.shape[1])) % N
+        y *= tl.load(w_scale_ptr + column).to(tl.float32)[None, :]
     return y
+
+
+@triton.jit
+def store_part(y, parts_ptr, part, first_row, first_column, M, N):
+    """A tile of the sums of one part; offsets inside of the tile have 32 bits."""
+    row = tl.arange(0, y.shape[0])[:, None]
+    column = tl.arange(0, y.shape[1])[None, :]
+    first = parts_ptr + (part.to(tl.int64) * M + first_row) * N + first_column
+    mask = (row < M - first_row) & (column < N - first_column)
+    tl.store(first + row * N + column, y, mask=mask)
 
 
 @triton.jit
@@ -36,15 +50,17 @@ def reduce_kernel(
     ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     STRIDE_S: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+    first_row = tl.program_id(0).to(tl.int64)
+    first_column = tl.program_id(1).to(tl.int64) * BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
     y = tl.zeros((1, BLOCK), parts_ptr.dtype.element_ty)
     for part in tl.static_range(SPLIT):
-        y += tl.load(parts_ptr + (m + part * M) * N + n, mask=n < N, other=0)
-    y = scaled(y, x_scale_ptr, w_scale_ptr, m, n, M, N, STRIDE_S)
+        first = parts_ptr + (first_row + part * M) * N + first_column
+        y += tl.load(first + column, mask=column < N - first_column, other=0)
+    y = scaled(y, x_scale_ptr, w_scale_ptr, first_row, first_column, M, N, STRIDE_S)
     after = (addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr)
-    y = finish(y, m, n, M, N, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
-    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    at = (first_row, first_column, M, N)
+    finish(y, y_ptr, *at, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
 
 
 def add_parts(

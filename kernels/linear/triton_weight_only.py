@@ -29,7 +29,7 @@ from mpq_fx.formats import TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import pack_codes, unit_of, widened, widened_place
-from mpq_fx.kernels.linear.triton_split import add_parts, scaled
+from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
 
 NAME = "weight_only_linear"
@@ -38,10 +38,10 @@ FEW_ROWS = 4  # up to here without tensor cores, whose smallest tile has 16 rows
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program
 TILES = {
     1: (Tile(1, 32, 512, 1, 8, 1), Tile(1, 16, 512, 1, 8, 1)),
-    2: (Tile(2, 32, 256, 1, 8, 1), Tile(2, 16, 256, 1, 8, 1)),
-    4: (Tile(4, 32, 128, 1, 4, 1), Tile(4, 16, 128, 1, 4, 1)),
-    16: (Tile(16, 64, 128, 1, 4, 4),),
-    32: (Tile(32, 64, 128, 1, 4, 4),),
+    2: (Tile(2, 32, 256, 1, 4, 1), Tile(2, 16, 256, 1, 4, 1)),
+    4: (Tile(4, 32, 128, 1, 4, 1),),
+    16: (Tile(16, 64, 128, 1, 4, 3),),
+    32: (Tile(32, 64, 128, 1, 4, 3),),
     64: (Tile(64, 64, 128, 1, 4, 3),),
     0: (Tile(128, 128, 64, 8, 8, 3), Tile(64, 64, 64, 8, 4, 4)),  # more
 }
@@ -88,10 +88,13 @@ def listed(m: int, fmt: Format, at: Machine) -> tuple[Tile, ...]:
 
 
 def within_group(tile: Tile, fmt: Format) -> Tile:
-    """A step of the tensor cores has one scale, a unit of 16 bytes of weights at the least."""
-    if tile.block_m <= FEW_ROWS or fmt.block <= 0:
-        return tile
-    return replace(tile, block_k=max(math.gcd(fmt.block, tile.block_k), unit_of(fmt.stored_bits)))
+    """A step has one scale, and is at least as long as the codes in 16 bytes; it has so many bytes
+    of a weight, where these are all that it loads.
+    """
+    unit = unit_of(fmt.stored_bits)
+    if tile.block_m <= FEW_ROWS:
+        return replace(tile, block_k=tile.block_k * 4 // fmt.stored_bits)
+    return replace(tile, block_k=max(math.gcd(fmt.block, tile.block_k), unit)) if fmt.block > 0 else tile
 
 
 def shared_bytes(tile: Tile, fmt: Format) -> float:
@@ -116,7 +119,7 @@ def gemm_kernel(
     M, N, K, steps, stride_xm, stride_xk, stride_am, stride_an,
     ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_WHOLE: tl.constexpr,
-    OPERAND: tl.constexpr, PARTS: tl.constexpr,
+    IS_EVEN: tl.constexpr, OPERAND: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, or (not IS_WHOLE) of its share of `steps` steps along K, in float32.
@@ -127,44 +130,44 @@ def gemm_kernel(
     UNIT: tl.constexpr = 128 // BITS
     UNITS: tl.constexpr = BLOCK_K // UNIT
     PLACES: tl.constexpr = 32 // BITS // PARTS
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SOME_K: tl.constexpr = BLOCK_K // PARTS
+    first_row, first_column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # Rows and columns past the end read those of the beginning, and are not stored.
+    row = (first_row + tl.arange(0, BLOCK_M)) % M
+    column = (first_column + tl.arange(0, BLOCK_N)) % N
+    k, unit = tl.arange(0, SOME_K), tl.arange(0, UNITS)[None, :, None]
     first = tl.program_id(1) * steps
+    x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k).to(tl.int64) * stride_xk
+    at = column[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words_at = words_ptr + (first * UNITS + unit).to(tl.int64) * N * 4 + at
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))):
-        unit = (step * UNITS + tl.arange(0, UNITS)).to(tl.int64)[None, :, None]
-        at = (unit * N + n[:, None, None]) * 4 + tl.arange(0, 4)[None, None, :]
-        inside = (n < N)[:, None, None] & (unit * UNIT < K)
-        words = tl.load(words_ptr + at, mask=inside, other=0)
+        words = tl.load(words_at, mask=unit * UNIT < K - step * BLOCK_K, other=0)
         for part in tl.static_range(PARTS):
-            start = step * BLOCK_K + part * (BLOCK_K // PARTS)
-            k = (start + tl.arange(0, BLOCK_K // PARTS)).to(tl.int64)
-            at = m[:, None] * stride_xm + k[None, :] * stride_xk
-            x = tl.load(x_ptr + at, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-            group = start // GROUP if GROUP else 0
-            inside = (n < N) & (start < K)
+            start = step * BLOCK_K + part * SOME_K
+            if IS_EVEN:
+                x = tl.load(x_at + part * SOME_K * stride_xk)
+            else:
+                x = tl.load(x_at + part * SOME_K * stride_xk, mask=k < K - start, other=0.0)
+            group = tl.minimum(start, K - 1) // GROUP if GROUP else 0
             zero = 0.0
             if zero_ptr is not None:
-                zero = tl.load(zero_ptr + group * N + n, mask=inside, other=0).to(tl.float32)
-                zero = zero[:, None, None]
-            x = x.to(OPERAND)
-            w = widened(words, zero, part * PLACES, PLACES, BITS).to(OPERAND)
+                zero = tl.load(zero_ptr + group * N + column).to(tl.float32)[:, None, None]
+            w = tl.trans(widened(words, zero, part * PLACES, PLACES, BITS).to(OPERAND))
             if GROUP:
-                scale = tl.load(scale_ptr + group * N + n, mask=inside, other=0)
-                total = tl.dot(x, tl.trans(w), input_precision="ieee")
-                acc += total * scale.to(tl.float32)[None, :]
+                total = tl.dot(x.to(OPERAND), w, input_precision="ieee")
+                acc += total * tl.load(scale_ptr + group * N + column).to(tl.float32)[None, :]
             else:
-                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    m, n = m[:, None], n[None, :]
-    at = y_ptr + tl.program_id(1).to(tl.int64) * M * N + m * N + n
+                acc = tl.dot(x.to(OPERAND), w, acc, input_precision="ieee")
+        x_at += BLOCK_K * stride_xk
+        words_at += UNITS * N * 4
     if IS_WHOLE:
-        acc = scaled(acc, None, None if GROUP else scale_ptr, m, n, M, N, 0)
+        at = (first_row, first_column, M, N)
+        acc = scaled(acc, None, None if GROUP else scale_ptr, *at, 0)
         after = (addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr)
-        acc = finish(
-            acc, m, n, M, N, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH
-        )
-    tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+        finish(acc, y_ptr, *at, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
+    else:
+        store_part(acc, y_ptr, tl.program_id(1), first_row, first_column, M, N)
 
 
 @triton.jit
@@ -183,41 +186,42 @@ def gemv_kernel(
     UNIT: tl.constexpr = 128 // BITS
     UNITS: tl.constexpr = BLOCK_K // UNIT
     PLACES: tl.constexpr = 32 // BITS // PARTS
-    m = (tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None, None, None]
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, None, :, None]
+    first_row = tl.program_id(2).to(tl.int64) * BLOCK_M
+    first_column = tl.program_id(0).to(tl.int64) * BLOCK_N
+    row = ((first_row + tl.arange(0, BLOCK_M)) % M)[:, None, None, None]
+    column = ((first_column + tl.arange(0, BLOCK_N)) % N)[None, None, :, None]
     lane = tl.arange(0, 4)[None, None, None, :]
     first = tl.program_id(1) * steps
     acc = tl.zeros((BLOCK_M, UNITS, BLOCK_N, 4), tl.float32)
     for step in range(first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))):
-        unit = (step * UNITS + tl.arange(0, UNITS)).to(tl.int64)[None, :, None, None]
-        inside = (n < N) & (unit * UNIT < K)
-        at = (unit * N + n) * 4 + lane
-        words = tl.load(words_ptr + at, mask=inside, other=0)
+        unit = (step * UNITS + tl.arange(0, UNITS))[None, :, None, None]
+        at = (unit.to(tl.int64) * N + column) * 4 + lane
+        words = tl.load(words_ptr + at, mask=unit * UNIT < K, other=0)
         for part in tl.static_range(PARTS):
-            group = (unit * UNIT + part * (UNIT // PARTS)) // GROUP if GROUP else unit * 0
-            inside = (n < N) & (unit * UNIT + part * (UNIT // PARTS) < K)
+            start = unit * UNIT + part * (UNIT // PARTS)
+            group = start // GROUP if GROUP else unit * 0
             zero = 0.0
             if zero_ptr is not None:
-                zero = tl.load(zero_ptr + group * N + n, mask=inside, other=0).to(tl.float32)
+                zero = tl.load(zero_ptr + group * N + column, mask=start < K, other=0)
+                zero = zero.to(tl.float32)
             total = tl.zeros((BLOCK_M, UNITS, BLOCK_N, 4), tl.float32)
             for place in tl.static_range(part * PLACES, (part + 1) * PLACES):
                 k = unit * UNIT + 4 * place + lane
-                x = tl.load(
-                    x_ptr + m * stride_xm + k * stride_xk, mask=(m < M) & (k < K), other=0.0
-                )
-                total += x.to(tl.float32) * widened_place(words, zero, place, BITS)
+                at = row * stride_xm + k.to(tl.int64) * stride_xk
+                x = tl.load(x_ptr + at, mask=k < K, other=0.0).to(tl.float32)
+                total += x * widened_place(words, zero, place, BITS)
             if GROUP:
-                total *= tl.load(scale_ptr + group * N + n, mask=inside, other=0.0).to(tl.float32)
+                scale = tl.load(scale_ptr + group * N + column, mask=start < K, other=0.0)
+                total *= scale.to(tl.float32)
             acc += total
     y = tl.sum(tl.sum(acc, axis=3), axis=1)
-    m = (tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
-    at = y_ptr + tl.program_id(1).to(tl.int64) * M * N + m * N + n
     if IS_WHOLE:
-        y = scaled(y, None, None if GROUP else scale_ptr, m, n, M, N, 0)
+        at = (first_row, first_column, M, N)
+        y = scaled(y, None, None if GROUP else scale_ptr, *at, 0)
         after = (addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr)
-        y = finish(y, m, n, M, N, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+        finish(y, y_ptr, *at, bias_ptr, *after, stride_am, stride_an, ACTIVATION, LOW, HIGH)
+    else:
+        store_part(y, y_ptr, tl.program_id(1), first_row, first_column, M, N)
 
 
 def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
@@ -237,7 +241,7 @@ def launch(call: Call) -> Tensor:
     y, x, fmt = call.empty(), call.x.to(call.x_fmt.dtype), call.w_fmt
     words, scale, zero = (*call.packed, None)[:3]
     (m, k), n = x.shape, call.n
-    cut = within_group(call.tile or tile(m, n, k, fmt, machine(x.device)), fmt)
+    cut = call.tile or tile(m, n, k, fmt, machine(x.device))
     steps, is_whole = triton.cdiv(triton.cdiv(k, cut.block_k), cut.split_k), cut.split_k == 1
     out = y if is_whole else x.new_empty((cut.split_k, m, n), dtype=torch.float32)
     group, after = max(fmt.block, 0), call.epilogue.arguments(n)
@@ -260,7 +264,7 @@ def launch(call: Call) -> Tensor:
         gemv_kernel[grid](*sizes[0], **sizes[1], **strides, **constants, **after)
     else:
         operand = tl.float32 if triton.knobs.runtime.interpret else FLOATS[x.dtype]
-        constants |= {"OPERAND": operand, "GROUP_M": cut.group_m}
+        constants |= {"OPERAND": operand, "GROUP_M": cut.group_m, "IS_EVEN": k % cut.block_k == 0}
         grid = (tiles[0] * tiles[1], cut.split_k)
         gemm_kernel[grid](*sizes[0], **sizes[1], **strides, **constants, **after)
     if not is_whole:

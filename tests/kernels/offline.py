@@ -14,11 +14,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Launch:
 
     kernel: Any
     arguments: Mapping[str, Any]
-    options: Mapping[str, int]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,30 +73,24 @@ class Compiled:
 
 
 @contextmanager
-def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """The launches that functions of `module` make in the block."""
+def recorded() -> Iterator[list[Launch]]:
+    """The launches in the block, which do not happen."""
     launches: list[Launch] = []
 
-    class Recorder:
-        def __init__(self, kernel: JITFunction[Any]) -> None:
-            self.kernel = kernel
+    def with_grid(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
+        def record(*args: Any, **named: Any) -> None:
+            options = {key: named.pop(key) for key in OPTIONS if key in named}
+            given = dict(zip(kernel.arg_names, args, strict=False)) | named
+            launches.append(Launch(kernel, given, options))
 
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def record(*args: Any, **named: Any) -> None:
-                options = {key: named.pop(key) for key in OPTIONS if key in named}
-                given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
-                launches.append(Launch(self.kernel, given, options))
+        return record
 
-            return record
-
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    for name, kernel in kernels.items():
-        setattr(module, name, Recorder(kernel))
+    original = JITFunction.__getitem__
+    JITFunction.__getitem__ = with_grid  # type: ignore[method-assign]
     try:
         yield launches
     finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+        JITFunction.__getitem__ = original  # type: ignore[method-assign]
 
 
 def compiled(launch: Launch, architecture: int) -> Compiled:
@@ -143,27 +136,41 @@ def tool(option: str, path: str) -> str:
     return found.stdout
 
 
-Cases = Mapping[str, tuple[ModuleType, Callable[[Machine], object]]]
+Cases = Mapping[str, Callable[[Machine], object]]
+Job = tuple[str, Machine, Launch]
 
 
-def compile_all(cases: Cases) -> list[dict[str, Any]]:
-    """Every launch of every case on every architecture, a few at a time."""
-    jobs = []
-    for name, (module, call) in cases.items():
+def jobs_of(cases: Cases) -> list[Job]:
+    """Every launch of every case on every architecture, but for those that were there before."""
+    jobs: list[Job] = []
+    seen = set()
+    for name, call in cases.items():
         for machine in MACHINES:
-            with recorded(module) as launches:
+            with recorded() as launches:
                 call(machine)
-            jobs += [(name, machine, launch) for launch in launches]
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda job: compiled(job[2], int(job[1].architecture[3:])), jobs)
-        return [
-            {"case": name, "architecture": machine.architecture, **asdict(fact)}
-            for (name, machine, _), fact in zip(jobs, found, strict=True)
-        ]
+            for launch in launches:
+                key = (machine, str(launch))
+                jobs += [(name, machine, launch)] if key not in seen else []
+                seen.add(key)
+    return jobs
 
+
+def done(job: Job) -> dict[str, Any]:
+    name, machine, launch = job
+    fact = compiled(launch, int(machine.architecture.removeprefix("sm_")))
+    return {"case": name, "architecture": machine.architecture, **asdict(fact)}
+
+
+def done_by_number(number: int) -> dict[str, Any]:
+    return done(JOBS[number])
+
+
+JOBS: list[Job] = []  # of this process and those it forks: a kernel cannot be sent to another one
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     from offline_cases import CASES
 
-    json.dump(compile_all(CASES), sys.stdout)
+    JOBS.extend(jobs_of(CASES))
+    with get_context("fork").Pool(2) as pool:
+        json.dump(pool.map(done_by_number, range(len(JOBS)), chunksize=1), sys.stdout)
