@@ -35,9 +35,9 @@ NAME = "int4_int8_linear"
 TUNED = Path(__file__).with_name("tuned.json")
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program
 TILES = {
-    16: (Tile(16, 64, 128, 1, 4, 4),),
-    32: (Tile(32, 64, 128, 1, 4, 4),),
-    64: (Tile(64, 64, 128, 1, 4, 3),),
+    16: (Tile(16, 64, 128, 1, 4, 4), Tile(16, 32, 128, 1, 4, 4)),
+    32: (Tile(32, 64, 128, 1, 4, 4), Tile(32, 32, 128, 1, 4, 4)),
+    64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 128, 8, 8, 3), Tile(64, 64, 128, 8, 4, 3)),  # more
 }
 WAVES = 2  # programs for each multiprocessor that a split of K aims at
@@ -185,7 +185,7 @@ def launch(call: Call) -> Tensor:
     y, x, fmt = call.empty(), call.x, call.w_fmt
     words, scale, low, step = (*call.packed, None, None)[:4]
     (m, k), n, has_scales = x.shape, call.n, fmt.block > 0
-    cut = call.tile or tile(m, n, k, fmt, machine(x.device))
+    cut = within_group(call.tile or tile(m, n, k, fmt, machine(x.device)), fmt)
     is_whole = cut.split_k == 1
     kind = torch.float32 if has_scales else torch.int32
     out = y if is_whole else x.new_empty((cut.split_k, m, n), dtype=kind)

@@ -40,9 +40,9 @@ TILES = {
     1: (Tile(1, 32, 512, 1, 8, 1), Tile(1, 16, 512, 1, 8, 1)),
     2: (Tile(2, 32, 256, 1, 4, 1), Tile(2, 16, 256, 1, 4, 1)),
     4: (Tile(4, 32, 128, 1, 4, 1),),
-    16: (Tile(16, 64, 128, 1, 4, 3),),
-    32: (Tile(32, 64, 128, 1, 4, 3),),
-    64: (Tile(64, 64, 128, 1, 4, 3),),
+    16: (Tile(16, 128, 128, 1, 8, 3), Tile(16, 64, 128, 1, 8, 3), Tile(16, 32, 128, 1, 4, 3)),
+    32: (Tile(32, 64, 128, 1, 4, 3), Tile(32, 32, 128, 1, 4, 3)),
+    64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 64, 8, 8, 3), Tile(64, 64, 64, 8, 4, 4)),  # more
 }
 WAVES = 2  # programs for each multiprocessor that a split of K aims at
@@ -55,6 +55,8 @@ def refuse(shape: Shape) -> Iterator[str]:
     x, w = shape.x_fmt, shape.w_fmt
     if not isinstance(w.element, Int) or not w.element.signed:
         yield f"weights are signed integers here, not {w}"
+    if w.progressive:
+        yield f"codes of {w} are stored in two levels"
     if w.block > 0 and w.block % 16:
         yield f"groups are multiples of 16 here, and those of {w} are {w.block}"
     if x.scale is not None or x.dtype not in FLOATS:
@@ -83,18 +85,20 @@ def tile(m: int, n: int, k: int, fmt: Format, at: Machine) -> Tile:
 def listed(m: int, fmt: Format, at: Machine) -> tuple[Tile, ...]:
     """The tiles of the table for so many rows that a group and a block's shared memory can hold."""
     rows = next((rows for rows in TILES if m <= rows), 0)
-    found = (within_group(tile, fmt) for tile in TILES[rows])
-    return tuple(tile for tile in found if shared_bytes(tile, fmt) <= at.shared)
+    found = TILES[rows]
+    if 0 < rows <= FEW_ROWS:  # of as many bytes of the weight, whatever the bits of a code
+        found = tuple(replace(t, block_k=t.block_k * 4 // fmt.stored_bits) for t in found)
+    found = tuple(within_group(t, fmt) for t in found)
+    return tuple(t for t in found if shared_bytes(t, fmt) <= at.shared)
 
 
 def within_group(tile: Tile, fmt: Format) -> Tile:
-    """A step has one scale, and is at least as long as the codes in 16 bytes; it has so many bytes
-    of a weight, where these are all that it loads.
+    """A step of the tensor cores has one scale, and is at least as long as the codes in 16 bytes,
+    which may then have two.
     """
-    unit = unit_of(fmt.stored_bits)
-    if tile.block_m <= FEW_ROWS:
-        return replace(tile, block_k=tile.block_k * 4 // fmt.stored_bits)
-    return replace(tile, block_k=max(math.gcd(fmt.block, tile.block_k), unit)) if fmt.block > 0 else tile
+    if tile.block_m <= FEW_ROWS or fmt.block <= 0:
+        return tile
+    return replace(tile, block_k=max(math.gcd(fmt.block, tile.block_k), unit_of(fmt.stored_bits)))
 
 
 def shared_bytes(tile: Tile, fmt: Format) -> float:
@@ -241,7 +245,7 @@ def launch(call: Call) -> Tensor:
     y, x, fmt = call.empty(), call.x.to(call.x_fmt.dtype), call.w_fmt
     words, scale, zero = (*call.packed, None)[:3]
     (m, k), n = x.shape, call.n
-    cut = call.tile or tile(m, n, k, fmt, machine(x.device))
+    cut = within_group(call.tile or tile(m, n, k, fmt, machine(x.device)), fmt)
     steps, is_whole = triton.cdiv(triton.cdiv(k, cut.block_k), cut.split_k), cut.split_k == 1
     out = y if is_whole else x.new_empty((cut.split_k, m, n), dtype=torch.float32)
     group, after = max(fmt.block, 0), call.epilogue.arguments(n)

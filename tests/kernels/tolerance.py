@@ -1,0 +1,44 @@
+"""Where kernels are tested, how far sums of float32 may be apart, and bugs that must be farther."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mpq_fx.formats import Format
+from mpq_fx.numerics import Quantized, pack_int4, spread, unpack_int4
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU: Triton's interpreter
+UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def limit(k: int, out: torch.dtype = torch.float32) -> float:
+    """Relative RMS that rounding explains: of the output, and of a float32 sum of k products."""
+    return UNIT_ROUNDOFF[out] + math.sqrt(k) * UNIT_ROUNDOFF[torch.float32]
+
+
+def swap_nibbles(q: Quantized, fmt: Format) -> Quantized:
+    packed = pack_int4(q.codes)
+    return Quantized(unpack_int4(packed << 4 | packed >> 4, q.codes.shape[-1]), q.scale, q.zero)
+
+
+def next_group_scale(q: Quantized, fmt: Format) -> Quantized:
+    return Quantized(q.codes, q.scale.roll(1, -1), q.zero)
+
+
+def next_row_scale(q: Quantized, fmt: Format) -> Quantized:
+    return Quantized(q.codes, q.scale.roll(1, 0), q.zero)
+
+
+def drop_last_block(q: Quantized, fmt: Format) -> Quantized:
+    codes = q.codes.clone()
+    last = codes[:, codes.shape[1] // 32 * 32 - 32 :]
+    last.copy_(spread(q.zero, fmt, codes.shape[1]).expand(codes.shape)[:, -last.shape[1] :])
+    return Quantized(codes, q.scale, q.zero)
+
+
+def bump_one_code(q: Quantized, fmt: Format) -> Quantized:
+    codes = q.codes.clone()
+    codes[0, -1] += 1 if codes[0, -1] < fmt.qmax else -1
+    return Quantized(codes, q.scale, q.zero)
