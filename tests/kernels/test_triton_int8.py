@@ -206,6 +206,9 @@ def test_what_follows_in_the_kernel_is_what_would_follow_behind_it(activation, a
 def test_a_turned_bias_and_a_residual_of_more_dimensions():
     x = on_device(quantize(torch.randn(2, 3, 40), W))
     w = on_device(quantize(torch.randn(6, 40), W))
+    x = Quantized(
+        x.codes, x.scale.expand(2, 3, 2)[..., 1:].clone().repeat(1, 1, 3)[..., :1], x.zero
+    )
     bias = torch.randn(6, 2, device=DEVICE)[:, 0]
     addend = torch.randn(3, 2, 6, device=DEVICE).transpose(0, 1)
     got = run(x, w, W, bias=bias, addend=addend)
