@@ -11,7 +11,7 @@ in float32 (PROMOTE), as torch._scaled_mm does without its fast accumulation.  S
 
 sm_100 keeps float32 sums beside its tensor cores, which such a detour would only slow down.  Of
 sm_120 nothing is published; it is taken for one of the former.  In tiles of fewer than 64 rows
-Triton 3.7 has sm_90 and sm_100 multiply in float16, exactly: there the weight's bytes take the time.
+Triton 3.7 has sm_90 and sm_100 multiply in float16, exactly: there a weight's bytes take the time.
 """
 
 from __future__ import annotations
