@@ -88,7 +88,7 @@ class Question:
 
 def questions(results: Mapping[str, Any]) -> Iterator[Question]:
     for net, found in results.items():
-        cells = [Cell(**values) for values in found["cells"]]
+        cells = [Cell(**dict(zip(found["columns"], row, strict=True))) for row in found["rows"]]
         for budget in dict.fromkeys(cell.budget for cell in cells):
             by: dict[Key, list[Cell]] = {}
             for cell in cells:

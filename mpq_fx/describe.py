@@ -232,7 +232,8 @@ def _renamed(table: Table, names: Mapping[str, str]) -> Table:
         return {(names[key[0]], *key[1:]): value for key, value in values.items()}
 
     pairs = {(names[u], c, names[v], d): ms for (u, c, v, d), ms in table.pairs.items()}
-    return replace(table, values=rename(table.values), spread=rename(table.spread), pairs=pairs)
+    found = {"values": rename(table.values), "spread": rename(table.spread), "pairs": pairs}
+    return replace(table, **found, others=())  # which served the search and no further
 
 
 def _live_in(live: Live, names: Mapping[str, str]) -> Live:
