@@ -33,12 +33,45 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def encode(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The codes of x, as whole float32 numbers; clamped before they are rounded, to stay small."""
-    shift = zero.to(tl.float32)
+def encode(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes of x in DTYPE; clamped before they are rounded, to stay small."""
     steps = tl.div_rn(x, scale)
+    if DTYPE.is_floating():
+        return float_code(steps, HIGH, DTYPE)
+    shift = zero.to(tl.float32)
     steps = tl.minimum(tl.maximum(steps, LOW - shift), HIGH - shift)
-    return round_to_even(steps) + shift
+    return (round_to_even(steps) + shift).to(DTYPE)
+
+
+@triton.jit
+def float_code(x, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """The code of the 8-bit float nearest to x, a tie to the even code, at most HIGH; NaN is NaN.
+
+    In bits, since the interpreter's cast rounds ties up and goes wrong at numbers close to zero.
+    A sum with 1.5 · 2^23 times the step of x's binade rounds it to that step.  What is left,
+    brought from the bias of DTYPE to that of float32 by a product, has the code in its upper bits:
+    what is below 2^(1 - bias) has become subnormal in float32, as it is in DTYPE.
+    """
+    MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width
+    BIAS: tl.constexpr = DTYPE.exponent_bias
+    LEAST: tl.constexpr = (128 - BIAS) << 23  # the exponent of the smallest normal number
+    STEP: tl.constexpr = ((23 - MANTISSA) << 23) + (1 << 22)
+    size = tl.minimum(tl.abs(x), HIGH * 1.0)
+    binade = tl.maximum(size.to(tl.int32, bitcast=True) & 0x7F800000, LEAST)
+    large = (binade + STEP).to(tl.float32, bitcast=True)
+    near = ((size + large) - large) * 2.0 ** (BIAS - 127)
+    code = near.to(tl.int32, bitcast=True) >> (23 - MANTISSA)
+    code = tl.where(x == x, code, 0x7F)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (code | sign).to(tl.uint8).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def bounds(x):
+    """(min(x, 0), max(x, 0)) of each row; NaN counts as infinity, since a reduction drops it."""
+    known = tl.where(x == x, x, float("inf"))
+    low, high = tl.min(known, 1, keep_dims=True), tl.max(known, 1, keep_dims=True)
+    return tl.minimum(low, 0.0), tl.maximum(high, 0.0)
 
 
 @triton.jit

@@ -85,6 +85,29 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Progressive:
+    """code = step · q + low,   0 <= q < 2^bits: codes of `block` values on a grid of few integers
+
+    The second level of progressive group quantization (QoQ of QServe, arXiv:2405.04532, as a
+    reconstruction): step and low are integers of a byte each for every `block` codes along K, so
+    that a kernel widens q to a code in integers.  `limit`, the protective range, is what codes of
+    the first level keep to, so that no grid leaves them: 2 · 120 = 15 steps of 16.
+    """
+
+    bits: int = 4
+    block: int = 128
+    limit: int = 120
+
+    @property
+    def steps(self) -> int:
+        """From the lowest value of a grid to its highest."""
+        return (1 << self.bits) - 1
+
+    def groups(self, k: int) -> int:
+        return -(-k // self.block)
+
+
+@dataclass(frozen=True)
 class Format:
     """value = (code - zero) * scale; `block` values along K share one scale (and one zero point).
 
@@ -92,6 +115,10 @@ class Format:
     for a plain float, whose values are their own codes.  A symmetric format has zero = 0 and leaves
     the lowest integer unused, so that a tensor and its negative have negative codes; an asymmetric
     one has a zero point within the range of its codes.  Scaled floats are symmetric.
+
+    Codes of a `progressive` format are codes like any others, and every kernel of those runs it;
+    that they take few values in a group only matters to how they are stored, and to a kernel that
+    reads them so.
     """
 
     name: str  # the only spelling, in configs, errors, plans, benchmarks
@@ -99,12 +126,15 @@ class Format:
     scale: torch.dtype | None = None
     block: int = ROW
     symmetric: bool = True
+    progressive: Progressive | None = None
 
     def __post_init__(self) -> None:
         assert self.block in (TENSOR, ROW) or self.block > 0, f"{self.name}: block {self.block}"
         is_float = isinstance(self.element, Float)
         assert is_float or self.scale is not None, f"{self.name}: integers need a scale"
         assert self.symmetric or not is_float, f"{self.name}: floats have no zero point"
+        plain_rows = self.element == Int(8) and self.block == ROW and self.symmetric
+        assert not self.progressive or plain_rows, f"{self.name}: a second level is of int8 rows"
 
     def __str__(self) -> str:
         return self.name
@@ -122,7 +152,7 @@ class Format:
     @property
     def max(self) -> float:
         """The largest magnitude of a code: absmax = max * scale."""
-        return self.element.max
+        return self.progressive.limit if self.progressive else self.element.max
 
     @property
     def qmax(self) -> int | float:
@@ -147,7 +177,8 @@ class Format:
     @property
     def stored_bits(self) -> int:
         """Of one code in a packed tensor: 4, 8, 16 or 32; a 7-bit code takes a byte."""
-        return 1 << (self.element.bits - 1).bit_length()
+        bits = self.progressive.bits if self.progressive else self.element.bits
+        return 1 << (bits - 1).bit_length()
 
     def groups(self, k: int) -> int:
         """Scales per row of `k` values; the last group may be ragged."""
@@ -168,6 +199,10 @@ class Format:
         """
         rows, rest = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
         k = math.prod(rest)
+        if self.progressive:
+            groups = self.progressive.groups(k)  # a byte for step and low each
+            packed = groups * (self.progressive.block * self.stored_bits + 16)
+            return rows * (packed + self.scale.itemsize * 8)
         padded = self.groups(k) * self.block if self.block > 0 else k
         codes = rows * (-(-padded * self.stored_bits // 8) * 8)
         if self.scale is None:
@@ -206,6 +241,7 @@ BUILT_IN = index(
     Format("int4_g32", Int(4), scale=torch.float16, block=32),  # 4.5 bits
     Format("int4_row", Int(4), scale=torch.float16),
     Format("int4_asym", Int(4), scale=torch.float16, block=128, symmetric=False),
+    Format("int4_progressive", Int(8), scale=torch.float32, progressive=Progressive()),  # 4.125
     Format("fp8_e4m3", Float(4, 3, "nan"), scale=torch.float32),
     Format("fp8_e4m3_tensor", Float(4, 3, "nan"), scale=torch.float32, block=TENSOR),
 )

@@ -1,7 +1,7 @@
 """code = clamp(round(x / scale) + zero, qmin, qmax);   value = (code - zero) * scale
 
 Codes of a float element round to the nearest of its values instead, a tie to the even code, and
-saturate at the largest, where a cast of torch gives NaN or infinity; they have no zero point.
+saturate at the largest, where a cast of torch may give NaN or infinity; they have no zero point.
 
 The slow obvious specification every kernel is held to.  Scales are computed in float32 and have
 one entry per block: shape () per tensor, [..., 1] per row, [..., groups] for groups along the last
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.errors import MpqError, WeightError
-from mpq_fx.formats import ROW, TENSOR, Float, Format, Int
+from mpq_fx.formats import ROW, TENSOR, Float, Format, Int, Progressive
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +142,55 @@ def nearest(x: Tensor, fmt: Format) -> Tensor:
 
 
 def saturate(codes: Tensor, fmt: Format) -> Tensor:
-    """Integers, which a zero point may have moved out of range; a float saturates as it rounds."""
-    return codes if fmt.has_float_codes else codes.clamp(fmt.qmin, fmt.qmax)
+    """Integers, which a zero point may have moved out of range; a float saturates as it rounds.
+
+    Those of a progressive format also go to the grid of their group.
+    """
+    if fmt.has_float_codes:
+        return codes
+    held = codes.clamp(fmt.qmin, fmt.qmax)
+    return held if fmt.progressive is None else to_grid(held, fmt.progressive)
+
+
+def to_grid(codes: Tensor, second: Progressive) -> Tensor:
+    """low + step · round((code - low) / step): the codes of each group on at most 2^bits integers
+
+    The step is the smallest whose grid covers the group within ±limit, and low is its smallest
+    code, or what is left below limit.  A group on such a grid already stays as it is, so that
+    quantizing twice changes nothing.
+    """
+    if codes.numel() == 0:
+        return codes
+    groups = in_groups(codes, second)
+    inside = groups.clamp(-second.limit, second.limit)
+    low, high = inside.amin(-1, keepdim=True), inside.amax(-1, keepdim=True)
+    step = torch.ceil((high - low).double() / second.steps).clamp(min=1.0).to(codes.dtype)
+    low = torch.minimum(low, second.limit - second.steps * step)
+    near = low + step * torch.round((inside - low).double() / step).to(codes.dtype)
+    _, found_step, found_low = on_grid(groups.int(), second)
+    is_kept = groups.int().amax(-1, keepdim=True) - found_low <= second.steps * found_step
+    return torch.where(is_kept, groups, near).flatten(-2)[..., : codes.shape[-1]]
+
+
+def in_groups(codes: Tensor, second: Progressive) -> Tensor:
+    """[..., K] -> [..., groups, block]; a ragged last group is filled with its last code"""
+    missing = second.groups(codes.shape[-1]) * second.block - codes.shape[-1]
+    last = codes[..., -1:].expand(*codes.shape[:-1], missing)
+    return torch.cat([codes, last], -1).unflatten(-1, (-1, second.block))
+
+
+def on_grid(groups: Tensor, second: Progressive) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 [..., block] -> (q, step, low): the widest grid that holds each group exactly
+
+    q may exceed 2^bits - 1, if the codes do not lie on a grid of the format.
+    """
+    low = groups.amin(-1, keepdim=True)
+    step = groups - low
+    while step.shape[-1] > 1:
+        half = (step.shape[-1] + 1) // 2
+        step = torch.gcd(step[..., :half], step[..., -half:])
+    step = step.clamp(min=1)
+    return (groups - low) // step, step, low
 
 
 def parameters(

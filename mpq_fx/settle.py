@@ -259,13 +259,22 @@ def _winner(config: Config, variants: Mapping[str, Variant], timings: Mapping[st
 
 def contenders(measured: Measured) -> dict[str, dict[str, str]]:
     """Each uniform plan, float among them."""
+    options = measured.proposal.options
+    offered = [choice for kept in options.values() for choice in kept]
+    rare = {name: kinds for name, kinds in WHERE_OFFERED.items() if any(map(kinds[0], offered))}
     return {
-        name: {unit: _cheapest(measured, unit, wanted) for unit in measured.proposal.options}
-        for name, wanted in UNIFORM.items()
+        name: {unit: _cheapest(measured, unit, wanted) for unit in options}
+        for name, wanted in {**UNIFORM, **rare}.items()
     }
 
 
-UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
+def _in_float_codes(choice: Choice) -> bool:
+    """8-bit floats on both sides."""
+    return all(format_named(n).has_float_codes for n in (choice.weight, choice.activation))
+
+
+Kinds = tuple[Callable[[Choice], bool], ...]
+UNIFORM: dict[str, Kinds] = {
     ALL_BF16: (lambda c: c.weight == "bfloat16",),
     "all int8": (
         lambda c: c.weight == "int8" and c.scaling == "static",  # codes pass from site to site
@@ -273,6 +282,9 @@ UNIFORM: dict[str, tuple[Callable[[Choice], bool], ...]] = {
         lambda c: c.weight == "bfloat16",
     ),
     ALL_FLOAT: (),
+}
+WHERE_OFFERED: dict[str, Kinds] = {
+    "all fp8": (_in_float_codes, lambda c: c.weight == "bfloat16"),
 }
 
 

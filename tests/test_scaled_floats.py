@@ -99,6 +99,18 @@ def test_codes_of_floats_fill_a_model_on_the_meta_device(subject, plan, tmp_path
         torch.testing.assert_close(mpq_fx.apply(empty, loaded)(x), want)
 
 
+def test_all_fp8_is_a_plan_to_beat_where_it_is_offered(isolated, monkeypatch):
+    monkeypatch.setattr(passes, "TARGETS", (replace(REFERENCE, is_timed=True),))
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    batches = [torch.randn(4, 16) for _ in range(4)]
+    found = {}
+    for formats in (["fp8_e4m3"], ["bfloat16"]):
+        config = mpq_fx.Config(target="reference", formats=formats, tolerance=0.2, time_budget=0.1)
+        found[formats[0]] = mpq_fx.tune(model, batches, config=config, progress=False).errors
+    assert "all fp8" not in found["bfloat16"]
+    assert found["fp8_e4m3"]["all fp8"] > 0.01
+
+
 def test_the_cpu_says_why_it_has_none(subject, plan, isolated):
     model = nn.Sequential(nn.Linear(64, 64)).eval()
     batches = [torch.randn(4, 64) for _ in range(4)]

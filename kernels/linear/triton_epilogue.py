@@ -92,16 +92,19 @@ def finish(
     if addend_ptr is not None:
         first = addend_ptr + first_row * stride_am + first_column * stride_an
         at = row * stride_am + column * stride_an
-        addend = tl.load(first + at, mask=mask, other=0).to(tl.float32)
+        addend = tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
         if addend_scale_ptr is not None:
             zero = tl.load(addend_zero_ptr).to(tl.float32)
             addend = (addend - zero) * tl.load(addend_scale_ptr).to(tl.float32)
         y += addend
     y = activate(y, ACTIVATION)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     if out_scale_ptr is not None:
-        y = encode(y, tl.load(out_scale_ptr), tl.load(out_zero_ptr), LOW, HIGH)
+        stored = encode(y, tl.load(out_scale_ptr), tl.load(out_zero_ptr), LOW, HIGH, dtype)
+    else:
+        stored = narrow(y, dtype)
     first = y_ptr + first_row * N + first_column
-    tl.store(first + row * N + column, narrow(y, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(first + row * N + column, stored, mask=mask)
 
 
 @triton.jit

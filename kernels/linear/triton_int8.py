@@ -43,8 +43,7 @@ def refuse(shape: Shape) -> Iterator[str]:
     x, w = shape.x_fmt, shape.w_fmt
     if w.element != Int(8) or w.block not in (ROW, TENSOR) or not w.symmetric:
         yield f"weights are int8 with a scale per row and no zero point here, not {w}"
-    is_int8 = isinstance(x.element, Int) and x.dtype in (torch.int8, torch.uint8)
-    if not is_int8 or x.block not in (ROW, TENSOR):
+    if x.dtype not in (torch.int8, torch.uint8) or x.block not in (ROW, TENSOR):
         yield f"activations are codes of 8 bits with a scale per row or tensor here, not {x}"
     elif shape.k * w.qmax * (x.qmax - x.qmin) > LARGEST:
         yield f"int32 sums of {shape.k} products of {x} and {w} may overflow"

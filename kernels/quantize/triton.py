@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from mpq_fx.formats import TENSOR, Format, Int, format_named
-from mpq_fx.kernels.triton_math import activate, encode, narrow, scale_and_zero
+from mpq_fx.formats import TENSOR, Format, format_named
+from mpq_fx.kernels.triton_math import activate, bounds, encode, narrow, scale_and_zero
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 TILE = 4096  # values that one program works on at a time
@@ -44,8 +44,8 @@ def refuse_dynamic(fmt: Format) -> Iterator[str]:
 
 
 def _refuse_codes(fmt: Format) -> Iterator[str]:
-    if not isinstance(fmt.element, Int) or fmt.dtype.itemsize != 1:
-        yield f"{fmt} has no integer codes of a byte"
+    if fmt.is_plain or fmt.dtype.itemsize != 1:
+        yield f"{fmt} has no codes of a byte"
 
 
 @triton.jit
@@ -85,8 +85,9 @@ def static_kernel(
     mask = (row < rows) & (k < K)
     x_at, up_at = row * stride_xm + k * stride_xk, row * stride_um + k * stride_uk
     x = load_values(x_ptr, up_ptr, x_at, up_at, mask, ACTIVATION)
-    codes = encode(x, tl.load(scale_ptr), tl.load(zero_ptr), LOW, HIGH)
-    tl.store(codes_ptr + row * K + k, codes.to(codes_ptr.dtype.element_ty), mask=mask)
+    dtype: tl.constexpr = codes_ptr.dtype.element_ty
+    codes = encode(x, tl.load(scale_ptr), tl.load(zero_ptr), LOW, HIGH, dtype)
+    tl.store(codes_ptr + row * K + k, codes, mask=mask)
 
 
 @triton.jit
@@ -124,11 +125,10 @@ def dynamic_kernel(
         mask = is_mine & (k < end)
         at, beside = x_at + k * stride_xk, up_at + k * stride_uk
         x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
-        low = tl.minimum(tl.min(x, 1, keep_dims=True), 0.0)
-        high = tl.maximum(tl.max(x, 1, keep_dims=True), 0.0)
+        low, high = bounds(x)
         scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
-        codes = encode(x, scale, zero, LOW, HIGH)
-        tl.store(codes_ptr + row * K + k, codes.to(dtype), mask=mask)
+        codes = encode(x, scale, zero, LOW, HIGH, dtype)
+        tl.store(codes_ptr + row * K + k, codes, mask=mask)
     else:
         low = tl.zeros((BLOCK_M, 1), tl.float32)
         high = tl.zeros((BLOCK_M, 1), tl.float32)
@@ -136,15 +136,15 @@ def dynamic_kernel(
             mask = is_mine & (start + k < end)
             at, beside = x_at + (start + k) * stride_xk, up_at + (start + k) * stride_uk
             x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
-            low = tl.minimum(low, tl.min(x, 1, keep_dims=True))
-            high = tl.maximum(high, tl.max(x, 1, keep_dims=True))
+            least, largest = bounds(x)
+            low, high = tl.minimum(low, least), tl.maximum(high, largest)
         scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
         for start in range(0, length, BLOCK_K):
             mask = is_mine & (start + k < end)
             at, beside = x_at + (start + k) * stride_xk, up_at + (start + k) * stride_uk
             x = load_values(x_ptr, up_ptr, at, beside, mask, ACTIVATION)
-            codes = encode(x, scale, zero, LOW, HIGH)
-            tl.store(codes_ptr + row * K + start + k, codes.to(dtype), mask=mask)
+            codes = encode(x, scale, zero, LOW, HIGH, dtype)
+            tl.store(codes_ptr + row * K + start + k, codes, mask=mask)
     tl.store(scale_ptr + block, scale, mask=is_mine)
     tl.store(zero_ptr + block, zero, mask=is_mine)
 

@@ -25,7 +25,7 @@ from mpq_fx.kernels.quantize.triton import (
     power_of_two,
     rows_of,
 )
-from mpq_fx.kernels.triton_math import encode, narrow, scale_and_zero
+from mpq_fx.kernels.triton_math import bounds, encode, narrow, scale_and_zero
 
 
 def refuse(fmt: Format, k: int, *, is_static: bool) -> Iterator[str]:
@@ -76,13 +76,12 @@ def norm_kernel(
     if IS_STATIC:
         scale, zero = tl.load(scale_ptr), tl.load(zero_ptr)
     else:
-        low = tl.minimum(tl.min(y, 1, keep_dims=True), 0.0)
-        high = tl.maximum(tl.max(y, 1, keep_dims=True), 0.0)
+        low, high = bounds(y)
         scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
         tl.store(scale_ptr + row, scale, mask=row < rows)
         tl.store(zero_ptr + row, zero, mask=row < rows)
-    codes = encode(y, scale, zero, LOW, HIGH)
-    tl.store(codes_ptr + row * K + k, codes.to(codes_ptr.dtype.element_ty), mask=mask)
+    codes = encode(y, scale, zero, LOW, HIGH, codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + row * K + k, codes, mask=mask)
 
 
 @triton_op("mpq_triton::norm_quantize", mutates_args=())

@@ -206,6 +206,8 @@ def _feature_bits(layers: Mapping[str, nn.Linear], formats: Sequence[Format]) ->
 def _row_bits(fmt: Format, k: int) -> float:
     """Bits of k codes, however they would be packed, with their scales and a byte per zero point"""
     codes = float(k * fmt.element.bits)
+    if fmt.progressive:
+        codes = float(k * fmt.progressive.bits + fmt.progressive.groups(k) * 16)
     if fmt.scale is None:
         return codes
     return codes + fmt.groups(k) * (fmt.scale.itemsize * 8 + (0 if fmt.symmetric else 8))

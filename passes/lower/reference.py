@@ -39,6 +39,8 @@ CHOICES = {
         Choice("int4", "bfloat16"),
         Choice("int4_g32", "bfloat16"),
         Choice("int4_asym", "bfloat16"),
+        Choice("int4_progressive", "int8", "dynamic"),
+        Choice("int4", "int8", "dynamic"),
         *FP8,
     ),
     "conv": (

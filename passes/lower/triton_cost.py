@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
-from mpq_fx.formats import TENSOR, Format, Int, format_named
+from mpq_fx.formats import TENSOR, Float, Format, format_named
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel
 from mpq_fx.passes.lower import aten_cost
@@ -66,7 +66,7 @@ def call_of(site: Site, choice: Choice, kernel: LinearKernel) -> Call:
 
 
 def codes_of(fmt: Format, *shape: int) -> Tensor:
-    if not isinstance(fmt.element, Int):
+    if isinstance(fmt.element, Float):
         return torch.randn(*shape).to(fmt.dtype)
     return torch.randint(int(fmt.qmin), int(fmt.qmax) + 1, shape, dtype=fmt.dtype)
 

@@ -180,7 +180,7 @@ def test_a_norm_without_weights_of_a_turned_matrix():
     ("refuse", "fmt", "reason"),
     [
         (triton_quantize.refuse_static, "int8", "more than one scale per tensor"),
-        (triton_quantize.refuse_static, "bfloat16", "no integer codes"),
+        (triton_quantize.refuse_static, "bfloat16", "no codes of a byte"),
         (triton_quantize.refuse_dynamic, "int8_tensor", "a kernel of one pass cannot know"),
         (triton_quantize.refuse_dynamic, "int4_g32", "stored in torch.float16"),
     ],

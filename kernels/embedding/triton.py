@@ -1,0 +1,167 @@
+"""y[…, d] = (w[i, d] - zw[i, g]) · sw[i, g],   i = indices[…],  g = d // block
+
+The rows that are looked up are gathered and widened in one pass: in float32, then cast.  An index
+out of range traps on the device, as in torch; the interpreter raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpq_fx.formats import TENSOR, Format, format_named
+from mpq_fx.numerics import pack_int4
+
+CODES = 512  # that one program widens at a time
+
+
+def refuse(fmt: Format) -> Iterator[str]:
+    """Why this kernel does not look up rows of such a table."""
+    if fmt.is_plain or fmt.has_float_codes:
+        yield f"{fmt} has no integer codes"
+
+
+@triton.jit
+def embedding_kernel(
+    indices_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    y_ptr,
+    count,
+    rows,
+    D,
+    stride_wi,
+    stride_si,
+    stride_sg,
+    stride_zi,
+    stride_zg,
+    GROUP: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)[:, None]
+    index = tl.load(indices_ptr + at, mask=at < count, other=0).to(tl.int64)
+    tl.device_assert((index >= 0) & (index < rows), "index out of range in embedding")
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    mask = (at < count) & (d < D)
+    if IS_PACKED:
+        byte = tl.program_id(1) * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)[None, :]
+        inside = (at < count) & (byte * 2 < D)
+        both = tl.load(w_ptr + index * stride_wi + byte, mask=inside, other=0).to(tl.int8)
+        low = (both << 4) >> 4  # the shift back copies the sign
+        codes = tl.reshape(tl.join(low, both >> 4), (BLOCK_I, BLOCK_D))
+    else:
+        codes = tl.load(w_ptr + index * stride_wi + d, mask=mask, other=0)
+    group = d // GROUP if GROUP else d * 0
+    y = codes.to(tl.float32)
+    if zero_ptr is not None:
+        at_zero = zero_ptr + index * stride_zi + group * stride_zg
+        y -= tl.load(at_zero, mask=mask, other=0).to(tl.float32)
+    at_scale = scale_ptr + index * stride_si + group * stride_sg
+    y *= tl.load(at_scale, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at * D + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("mpq_triton::embedding_pack", mutates_args=())
+def pack(w: Tensor, fmt: str) -> Tensor:
+    """[rows, D] codes -> rows of bytes, two codes of 4 bits in each"""
+    if format_named(fmt).element.bits == 4:
+        return pack_int4(w)
+    return w.clone(memory_format=torch.contiguous_format)
+
+
+@pack.register_fake
+def _(w: Tensor, fmt: str) -> Tensor:
+    rows, length = w.shape
+    if format_named(fmt).element.bits == 4:
+        return w.new_empty((rows, (length + 1) // 2), dtype=torch.uint8)
+    return w.new_empty((rows, length))
+
+
+@torch.library.custom_op("mpq_triton::embedding", mutates_args=())
+def embedding(
+    indices: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    length: int,
+    w_fmt: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return launch(indices, packed, scale, zero, length, format_named(w_fmt), out_dtype)
+
+
+@embedding.register_fake
+def _(
+    indices: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    length: int,
+    w_fmt: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((*indices.shape, length), dtype=out_dtype)
+
+
+def launch(
+    indices: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    length: int,
+    fmt: Format,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Indices of any shape and strides; `packed` has contiguous rows of `length` codes."""
+    y = packed.new_empty((*indices.shape, length), dtype=out_dtype)
+    if y.numel() == 0:
+        return y
+    rows = packed.shape[0]
+    if triton.knobs.runtime.interpret:  # which leaves assertions out, and would read anything
+        check(indices, rows)
+    scales, zeros = (by_row(part, fmt, rows) for part in (scale, zero))
+    block = min(triton.next_power_of_2(max(length, 16)), CODES)
+    tile = {"BLOCK_I": CODES // block, "BLOCK_D": block}
+    count = math.prod(indices.shape)
+    grid = (triton.cdiv(count, tile["BLOCK_I"]), triton.cdiv(length, block))
+    embedding_kernel[grid](
+        *(indices.reshape(-1), packed, scales, zeros, y, count, rows, length),
+        stride_wi=packed.stride(0),
+        **strides("s", scales),
+        **strides("z", zeros),
+        GROUP=max(fmt.block, 0),
+        IS_PACKED=fmt.element.bits == 4,
+        **tile,
+        num_warps=4 if block > 64 else 2,
+        debug=True,  # or no index would be checked
+        sanitize_overflow=False,
+    )
+    return y
+
+
+def check(indices: Tensor, rows: int) -> None:
+    """Refuse indices out of range on the host."""
+    low, high = (int(edge) for edge in indices.aminmax())
+    if low < 0 or high >= rows:
+        bad = low if low < 0 else high
+        raise IndexError(f"index {bad} is out of range in an embedding of {rows} rows")
+
+
+def by_row(part: Tensor | None, fmt: Format, rows: int) -> Tensor | None:
+    """[rows, groups] of a scale or zero point, whatever it is shared by."""
+    if part is None or fmt.block != TENSOR:
+        return part
+    return part.expand(rows, 1)
+
+
+def strides(letter: str, part: Tensor | None) -> dict[str, int]:
+    both = (0, 0) if part is None else part.stride()
+    return {f"stride_{letter}i": both[0], f"stride_{letter}g": both[1]}
