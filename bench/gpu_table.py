@@ -119,9 +119,9 @@ def page(found: Mapping[str, Any]) -> str:
         "# Kernels on a GPU",
         "",
         f"Written by `python bench/gpu.py --save` on {found['date']}: {found['device']}"
-        f" ({found['architecture']}), {versions}, CUDA {found['cuda']}. Microseconds are medians with a",
-        "cold L2 cache, variants by turns; every result of ours was compared with the reference on the",
-        "same codes before it was timed.",
+        f" ({found['architecture']}), {versions}, CUDA {found['cuda']}.",
+        "Microseconds are medians with a cold L2 cache, variants by turns; every result of ours was",
+        "compared with the reference on the same codes before it was timed.",
         "",
         *map(str, bars(found)),
     ]
@@ -140,12 +140,10 @@ def table(cells: Mapping[Cell, Mapping[str, Row]]) -> Iterator[str]:
     for (_, layer, count), rows in cells.items():
         least = min(row["microseconds"] for row in rows.values())
         first = next(iter(rows.values()))
-        shown = [
-            in_words(rows[name]["microseconds"], least) if name in rows else "–" for name in names
-        ]
+        shown = [in_words(rows[name], least) if name in rows else "–" for name in names]
         yield f"| {layer} | {first['n']} × {first['k']} | {count} | " + " | ".join(shown) + " |"
 
 
-def in_words(microseconds: float, least: float) -> str:
-    text = f"{microseconds:.1f}"
-    return f"**{text}**" if microseconds == least else text
+def in_words(row: Row, least: float) -> str:
+    text = f"{row['microseconds']:.1f}"
+    return f"**{text}**" if row["microseconds"] == least else text

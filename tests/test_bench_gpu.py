@@ -56,7 +56,7 @@ def test_each_kernel_is_compared_with_the_reference_and_stands_beside_what_torch
 
 def test_a_wrong_result_ends_the_run(gpu):
     layer = gpu.Layer("tiny", "out", 32, 32)
-    choice, kernel, call, given = next(gpu.kernel_calls(layer, 4, DEVICES["h100"], AT))
+    _, kernel, call, given = next(gpu.kernel_calls(layer, 4, DEVICES["h100"], AT))
 
     def broken(call):
         y = kernel.launch(call)

@@ -32,7 +32,7 @@ def test_mpq_bench_hands_its_options_to_the_script(monkeypatch):
 
 
 def test_mpq_bench_without_a_checkout_says_where_to_find_the_benchmarks(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "SCRIPT", tmp_path / "compare.py")
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "bench")
     with pytest.raises(UnsupportedError, match="part of the repository") as caught:
         benchmark.main("bert-base", 1, None, False)
     assert "make bench" in caught.value.fix
