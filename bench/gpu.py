@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.nn import functional
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
-from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import Format, format_named
 from mpq_fx.passes.lower import triton as target
@@ -311,15 +310,14 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def device_at_hand() -> Device:
-    """The GPU, or UnsupportedError that says what is missing."""
+    """The GPU, or SystemExit that says what is missing."""
+    if not torch.cuda.is_available():
+        raise SystemExit("nothing to measure: PyTorch sees no NVIDIA GPU")
     if reason := target.unavailable():
-        raise UnsupportedError(f"nothing to measure: {reason}", fix="run it where there is a GPU")
+        raise SystemExit(f"nothing to measure: {reason}")
     found = target.device_at_hand()
     if found is None:
-        raise UnsupportedError(
-            "nothing to measure: Triton's interpreter is on",
-            fix="unset TRITON_INTERPRET, on a machine with an NVIDIA GPU",
-        )
+        raise SystemExit("nothing to measure: Triton's interpreter is on (TRITON_INTERPRET)")
     return found
 
 

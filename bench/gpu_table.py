@@ -120,8 +120,8 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         f"Written by `python bench/gpu.py --save` on {found['date']}: {found['device']}"
         f" ({found['architecture']}), {versions}, CUDA {found['cuda']}.",
-        "Microseconds are medians with a cold L2 cache, variants by turns; every result of ours was",
-        "compared with the reference on the same codes before it was timed.",
+        "Microseconds are medians with a cold L2 cache, variants by turns; results of ours were",
+        "compared with the reference on the same codes before they were timed.",
         "",
         *map(str, bars(found)),
     ]
