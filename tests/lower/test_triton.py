@@ -347,7 +347,11 @@ def test_codes_that_a_linear_writes_cost_no_pass():
 @pytest.mark.parametrize(
     ("choice", "facts", "reason"),
     [
-        (Choice("int4_asym", "int8", "dynamic"), {}, "triton has no kernel for linear in int4_asym"),
+        (
+            Choice("int4_asym", "int8", "dynamic"),
+            {},
+            "triton has no kernel for linear in int4_asym",
+        ),
         (STATIC, {"dtype": "float64"}, "a site in float64 stays as it is"),
         (STATIC, {"k": 70_000}, "int8_linear: int32 sums of 70000 products"),
     ],
