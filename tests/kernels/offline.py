@@ -125,7 +125,12 @@ def facts(name: str, built: Any) -> Compiled:
     sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     ptx = re.findall(r"^\s*(?:@%?!?\w+\s+)?([a-z][\w.:]*)", built.asm["ptx"], re.M)
     return Compiled(
-        name, numbers["REG"], numbers["STACK"], built.metadata.shared, dict(Counter(sass)), dict(Counter(ptx))
+        name,
+        numbers["REG"],
+        numbers["STACK"],
+        built.metadata.shared,
+        dict(Counter(sass)),
+        dict(Counter(ptx)),
     )
 
 

@@ -76,8 +76,5 @@ CASES = {
     },
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
-    **{
-        f"embedding {fmt}": partial(embedding, fmt)
-        for fmt in ("int8", "int4_g32")
-    },
+    **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},
 }
