@@ -36,7 +36,7 @@ def narrow(x, dtype: tl.constexpr):
 def encode(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     """The codes of x in DTYPE; clamped before they are rounded, to stay small."""
     steps = tl.div_rn(x, scale)
-    if DTYPE.is_floating():
+    if DTYPE.is_floating():  # type: ignore[attr-defined] -- of Triton's dtype
         return float_code(steps, HIGH, DTYPE)
     shift = zero.to(tl.float32)
     steps = tl.minimum(tl.maximum(steps, LOW - shift), HIGH - shift)
@@ -52,8 +52,8 @@ def float_code(x, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     brought from the bias of DTYPE to that of float32 by a product, has the code in its upper bits:
     what is below 2^(1 - bias) has become subnormal in float32, as it is in DTYPE.
     """
-    MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width
-    BIAS: tl.constexpr = DTYPE.exponent_bias
+    MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width  # type: ignore[attr-defined]
+    BIAS: tl.constexpr = DTYPE.exponent_bias  # type: ignore[attr-defined]
     LEAST: tl.constexpr = (128 - BIAS) << 23  # the exponent of the smallest normal number
     STEP: tl.constexpr = ((23 - MANTISSA) << 23) + (1 << 22)
     size = tl.minimum(tl.abs(x), HIGH * 1.0)
