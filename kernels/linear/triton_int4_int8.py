@@ -26,7 +26,7 @@ from torch import Tensor
 from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
-from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes, unit_of
+from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes
 from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
 from mpq_fx.numerics import in_groups, on_grid
@@ -69,7 +69,11 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
         words = pack_bytes(w + 8)
         if fmt.symmetric:
             return words, scales
-        return words, scales, (120 - zero.t()).to(torch.uint8, memory_format=torch.contiguous_format)
+        return (
+            words,
+            scales,
+            (120 - zero.t()).to(torch.uint8, memory_format=torch.contiguous_format),
+        )
     q, step, low = on_grid(in_groups(w.int(), fmt.progressive), fmt.progressive)
     words = pack_bytes(q.flatten(1)[:, : w.shape[1]].to(torch.int8))
     second = (part.squeeze(-1).t().to(torch.uint8) for part in (low + 128, step))
