@@ -14,25 +14,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from allocators import DEFAULT, RIVALS, default, ours
+from allocators import DEFAULT, RIVALS, default, ours, without_loss
 from results import parser
 from trained import NETS, Net
 
 import mpq_fx
+from mpq_fx.config import Config
 from mpq_fx.facts import Choice, Table
 from mpq_fx.formats import ROW, Format, Int
 from mpq_fx.graph import placeholders
+from mpq_fx.measure import ERROR_TABLE, split
 from mpq_fx.passes import METRICS, target_named
 from mpq_fx.passes.allocate import Problem, is_feasible
 from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
 from mpq_fx.passes.analyze.cost import latency
 from mpq_fx.passes.analyze.metric import Record, Task
+from mpq_fx.passes.analyze.metrics.auto import auto
 from mpq_fx.passes.analyze.ranking import measured
 from mpq_fx.passes.analyze.trace import trace
 from mpq_fx.passes.lower.reference import REFERENCE
@@ -44,8 +47,15 @@ MEAN_BITS = (2.5, 3.0, 4.0, 5.0, 6.0)  # at 2 there is one plan
 LATENCIES = (0.5, 0.6, 0.7)
 SEEDS = 5
 # A pass for each pair of singles, or dozens for each site, or thousands of pairs to solve with.
-LONG = ("measured_pairs", "projected_pairs", "hessian_eigenvalue", "eigenvalue_spread")
-LONG_ON_MINILM = (*LONG, "block_pairs", "interlayer_kl", "perturbation_hessian")
+LONG_ON_MINILM = (
+    "measured_pairs",
+    "projected_pairs",
+    "block_pairs",
+    "interlayer_kl",
+    "hessian_eigenvalue",
+    "eigenvalue_spread",
+    "perturbation_hessian",
+)
 
 
 # What the mean-bits question offers, found by name as plug-ins are.
@@ -196,18 +206,31 @@ class Judged:
 
 
 def judged(net: Net, task: Task, seed: int) -> Judged:
-    """The measured batches put where the inputs of a recorded call stand."""
+    """What to judge plans with."""
+    records = records_of(net, task, seed, net.measured)
+    reference = torch.cat([task.replay.run(record, {})[0] for record in records])
+    return Judged(net, task, records, reference)
+
+
+def with_all_calls(net: Net, task: Task, seed: int) -> Task:
+    """With the calls that decide between plans where no error is a limit: all but the report's."""
+    parts = split(net.calibration(seed))
+    return replace(task, records=records_of(net, task, seed, (*parts.fit, *parts.choose)))
+
+
+def records_of(
+    net: Net, task: Task, seed: int, batches: Sequence[tuple[torch.Tensor, ...]]
+) -> tuple[Record, ...]:
+    """Batches put where the inputs of a recorded call stand."""
     template = task.records[0]
     nodes = placeholders(task.replay.gm)
     free = [k for k, node in enumerate(nodes) if node not in task.replay.constants]
     known = net.calibration(seed)
     order = next(o for batch in known if (o := _order(template, free, batch)) is not None)
-    records = tuple(
+    return tuple(
         tuple(batch[order[k]] if k in order else x for k, x in enumerate(template))
-        for batch in net.measured
+        for batch in batches
     )
-    reference = torch.cat([task.replay.run(record, {})[0] for record in records])
-    return Judged(net, task, records, reference)
 
 
 def _order(
@@ -223,20 +246,28 @@ def _order(
     return found if len(found) == len(batch) else None
 
 
+def auto_in_time(task: Task) -> Table:
+    """The table that `tune` would make within its default time budget."""
+    return auto(replace(task, deadline=time.monotonic() + ERROR_TABLE * Config().time_budget))
+
+
 def compare(net: Net, seed: int, metrics: Sequence[str], target: str) -> Iterator[Cell]:
     """All searches under all budgets of one target."""
     task = task_of(net, seed, target)
     look = judged(net, task, seed)
-    searches = [default(partial(power, task)), *ours(metrics), *RIVALS]
-    tables = {m: METRICS.named(m)(task) for m in dict.fromkeys(s.metric for s in searches)}
+    searches = [*ours(metrics), *RIVALS]
+    tables = {m: METRICS.named(m)(task) for m in {s.metric for s in searches} - {"auto"}}
+    tables["auto"], asked = auto_in_time(task), with_all_calls(net, task, seed)
     known: dict[tuple[tuple[str, str], ...], tuple[float, float]] = {}
     for budget, costs, most in questions(task, target):
-        for search in searches:
+        others = [problem_of(task, other, costs, most) for other in tables["auto"].others]
+        for search in (default(partial(power, asked), others), *searches):
             table, begin = tables[search.metric], time.perf_counter()
             problem = problem_of(task, table, costs, most)
             found = search.allocate(problem)
             seconds = time.perf_counter() - begin + table.provenance["seconds"]
-            passes = table.provenance["forward_passes"] + REFINE_ROUNDS * (search.name == DEFAULT)
+            plans = (1 + len(others) + REFINE_ROUNDS) * (search.name == DEFAULT)
+            passes = table.provenance["forward_passes"] + plans * len(asked.records)
             error = score = None
             if found is not None and is_feasible(problem, found):
                 key = tuple(sorted(found.items()))
@@ -253,27 +284,28 @@ def save(name: str, cells: Sequence[Cell], net: Net, about: str) -> None:
         "score": net.score_name,
         "examples": net.examples,
         "run": about,
-        "cells": [_short(asdict(cell)) for cell in cells],
+        "columns": [each.name for each in fields(Cell)],
+        "rows": [[_short(value) for value in astuple(cell)] for cell in cells],
     }
     FILE.write_text(json.dumps(kept, indent=None, separators=(",", ":"), sort_keys=True) + "\n")
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """Six digits of each number: more would be noise in a file that is kept."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+def _short(value: Any) -> Any:
+    """Five digits of a number: more would be noise in a file that is kept."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("net", choices=NETS)
     made.add_argument("--seeds", type=int, default=SEEDS)
-    made.add_argument("--metrics", default="", help="all but those that take hours")
+    made.add_argument("--metrics", default="", help="all; of MiniLM those that do not take hours")
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     registered()
-    long = LONG_ON_MINILM if options.net == "minilm" else LONG
-    named = options.metrics.split(",") if options.metrics else [m for m in METRICS if m not in long]
-    metrics = [m for m in named if m not in ("observed", "interlayer_loss")]
+    left_out = ("observed", *(LONG_ON_MINILM if options.net == "minilm" else ()))
+    short = [m for m in without_loss() if m not in left_out]
+    metrics = options.metrics.split(",") if options.metrics else short
     net, cells = NETS[options.net](), []
     with torch.no_grad():
         for seed in range(options.seeds):

@@ -7,14 +7,16 @@ its own: baselines for bench/regret.py and bench/allocation.py, and no part of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from mpq_fx.errors import InfeasibleError
+from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate import Problem, Solution, cp_sat, is_feasible, value_of
-from mpq_fx.passes.allocate.refine import Tried, best_of, refined
+from mpq_fx.passes.allocate.refine import Tried, best_of, refined, suggested
 from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
+from mpq_fx.passes.analyze.metric import LossMetric
 
 Assignment = dict[str, str]
 Allocator = Callable[[Problem], "Assignment | None"]
@@ -34,14 +36,21 @@ class Rival:
     allocate: Allocator
 
 
+def without_loss() -> list[str]:
+    """The metrics that ask for no loss of the user's."""
+    return [name for name in METRICS if not isinstance(METRICS.named(name), LossMetric)]
+
+
 def ours(metrics: Iterable[str]) -> list[Rival]:
     """The solver of mpq-fx on the table of each metric."""
     return [Rival("mpq-fx", metric, with_pairs) for metric in metrics]
 
 
-def default(measure: Measure) -> Rival:
-    """What mpq-fx does by default; `measure` tells the noise power of a whole plan."""
-    return Rival(DEFAULT, "auto", partial(with_measured_plans, measure))
+def default(measure: Measure, others: Sequence[Problem]) -> Rival:
+    """What mpq-fx does by default; `measure` tells the noise power of a whole plan, `others` are
+    the problem with the tables that `auto` made beside its own.
+    """
+    return Rival(DEFAULT, "auto", partial(with_measured_plans, measure, others))
 
 
 def with_pairs(problem: Problem) -> Assignment | None:
@@ -50,13 +59,16 @@ def with_pairs(problem: Problem) -> Assignment | None:
     return None if found is None else dict(found.assignment)
 
 
-def with_measured_plans(measure: Measure, problem: Problem) -> Assignment | None:
-    """Solve, measure, correct the table, solve again."""
+def with_measured_plans(
+    measure: Measure, others: Sequence[Problem], problem: Problem
+) -> Assignment | None:
+    """Solve with each table, measure, correct one, solve again."""
     first = solved(problem)
     if first is None:
         return None
     tried = [Tried(first, measure(first.assignment))]
     again = partial(cp_sat.solve, time_limit=SOLVE_SECONDS)
+    tried = suggested(problem, others, again, measure, tried)
     found = best_of(problem, refined(problem, again, measure, tried, rounds=REFINE_ROUNDS))
     assert found is not None, "there is no limit on the error"
     return dict(found.solution.assignment)

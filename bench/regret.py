@@ -1,11 +1,12 @@
 """Every plan of a small net measured -> how far each search lands from the optimum.
 
-    python bench/regret.py vit [--metrics measured,fisher,…] [--units 8] [--choices 3]
+    python bench/regret.py vit [--metrics measured,fisher,…] [--units 8] [--bits 8,4,2]
 
-Least joint error under a budget of bit operations, at five budgets between the cheapest plan and
-the dearest.  The optimum is taken among all plans, by their measured joint error.  A metric fills
-the table, an allocator solves it (ours, with pairs, and those of other tools), and that plan is
-looked up.  Regret = its error / the least one - 1.
+Which layer gets how many bits, as in allocation.py: the least joint error under a budget of mean
+bits, at five budgets between the cheapest plan and the dearest; all other layers stay in float.
+The optimum is taken among all plans, by their joint error on the calls that the metrics see.  A
+metric fills the table, an allocator solves it (ours, with pairs, and those of other tools), and
+that plan is looked up.  Regret = its error / the least one - 1.
 """
 
 from __future__ import annotations
@@ -17,21 +18,19 @@ from functools import partial
 from statistics import mean
 
 import torch
-from allocators import DEFAULT, RIVALS, Rival, default, ours
+from allocation import FORMATS, mean_bits, registered, task_of
+from allocators import DEFAULT, RIVALS, Rival, default, ours, without_loss
 from results import parser
-from sensitivity import looked_on
+from trained import NETS, Net
 
-from mpq_fx.demo.nets import SUBJECTS
 from mpq_fx.facts import Choice, Table
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate import Problem, is_feasible
 from mpq_fx.passes.allocate.rescaled import REFINE_ROUNDS
-from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.ranking import measured
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the way from the cheapest plan to the dearest
-NAMES = ("int4*bfloat16", "int8/dynamic", "bfloat16", "int8*uint8_tensor/static", "float32")
 Key = tuple[str, ...]  # a choice for each unit, by name
 
 
@@ -39,7 +38,8 @@ Key = tuple[str, ...]  # a choice for each unit, by name
 class Regret:
     """Of one search, over the budgets that it kept to."""
 
-    search: Rival
+    search: str
+    metric: str
     regrets: tuple[float | None, ...]  # None: no plan, or one above the budget
     forward_passes: float
 
@@ -48,43 +48,45 @@ class Regret:
         missed = len(self.regrets) - len(found)
         numbers = f"{mean(found):8.2%} mean {max(found):8.2%} worst" if found else "no plan"
         cost = f"{self.forward_passes:5.0f} forward passes a call"
-        return f"{self.search.name:26} {self.search.metric:20} {numbers:28} {cost}" + (
+        return f"{self.search:26} {self.metric:20} {numbers:28} {cost}" + (
             f", {missed} of {len(self.regrets)} budgets missed" if missed else ""
         )
 
 
-def compare(name: str, metrics: Sequence[str], units: int, choices: int) -> list[Regret]:
+def compare(net: Net, metrics: Sequence[str], units: int, bits: Sequence[int]) -> list[Regret]:
     found: list[Regret] = []
-
-    def looking_on(task: Task) -> None:
-        small = restricted(task, units, choices)
-        costs = sizes(tuple(task.replay.sites.values()), small.options)["bops"].values
-        every = enumerated(small)
-        errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
-        searches = [default(partial(power, errors, [*_changing(small)])), *ours(metrics), *RIVALS]
-        tables = {m: METRICS.named(m)(small) for m in dict.fromkeys(s.metric for s in searches)}
-        for search in searches:
-            table = tables[search.metric]
-            asked = [problem_of(small, table, costs, share) for share in SHARES]
-            regrets = tuple(regret(problem, search, errors) for problem in asked)
-            passes = table.provenance["forward_passes"] + REFINE_ROUNDS * (search.name == DEFAULT)
-            found.append(Regret(search, regrets, passes))
-
-    looked_on(SUBJECTS[name](), looking_on)
+    small = restricted(task_of(net, 0, "bits_only"), units, bits)
+    costs = mean_bits(small)
+    every = enumerated(small)
+    errors = dict(zip(every, measured(small, [*every.values()]), strict=True))
+    searches = [*ours(metrics), *RIVALS]
+    tables = {m: METRICS.named(m)(small) for m in {"auto", *(s.metric for s in searches)}}
+    measure, beside = partial(power, errors, [*_changing(small)]), tables["auto"].others
+    rows: dict[tuple[str, str], list[float | None]] = {}
+    for share in SHARES:
+        asked = partial(problem_of, small, costs=costs, share=share)
+        mine = default(measure, [asked(table) for table in beside])
+        for each in (mine, *searches):
+            at = regret(asked(tables[each.metric]), each, errors)
+            rows.setdefault((each.name, each.metric), []).append(at)
+    for (search, metric), regrets in rows.items():
+        plans = (1 + len(beside) + REFINE_ROUNDS) * (search == DEFAULT) * len(small.records)
+        passes = tables[metric].provenance["forward_passes"] + plans
+        found.append(Regret(search, metric, tuple(regrets), passes))
     return found
 
 
-def restricted(task: Task, units: int, choices: int) -> Task:
-    """Some units, spread over the net, with some choices each; all others stay in float."""
-    able = [u for u in task.units if {c.name for c in task.options[u[0]]} >= {*NAMES[:choices]}]
+def restricted(task: Task, units: int, bits: Sequence[int]) -> Task:
+    """Some units, spread over the net, with some widths each; all others stay in float."""
+    able = [unit for unit in task.units if len(task.options[unit[0]]) > 1]
     kept = set(able[:: max(1, len(able) // units)][:units])
     options: dict[str, tuple[Choice, ...]] = {}
     for unit in task.units:
         for site in unit:
             first, *others = task.options[site]
-            wanted = [c for c in others if unit in kept and c.name in NAMES[:choices]]
-            options[site] = (first, *wanted)
-    return replace(task, options=options, deadline=float("inf"))
+            wanted = [c for c in others if FORMATS[c.weight].element.bits in bits]
+            options[site] = (first, *(wanted if unit in kept else ()))
+    return replace(task, options=options)
 
 
 def enumerated(task: Task) -> dict[Key, Mapping[str, Choice]]:
@@ -111,7 +113,7 @@ def power(
 
 
 def problem_of(
-    task: Task, table: Table, costs: Mapping[tuple[str, str], float], share: float
+    task: Task, table: Table, *, costs: Mapping[tuple[str, str], float], share: float
 ) -> Problem:
     """The least error within a budget that lies `share` of the way from cheapest to dearest."""
     units = [*_changing(task)]
@@ -125,8 +127,8 @@ def problem_of(
         error={(u[0], n): sum(table.values[s, n] for s in u) for u in units for n in names[u[0]]},
         pairs={key: value for key, value in table.pairs.items() if _is_asked(key, names)},
         objective=("error",),
-        resources={"bops": cost},
-        budgets={"bops": low + share * (high - low)},
+        resources={"bits": cost},
+        budgets={"bits": low + share * (high - low)},
     )
 
 
@@ -150,14 +152,19 @@ def _is_asked(pair: tuple[str, str, str, str], names: Mapping[str, tuple[str, ..
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("net", choices=SUBJECTS)
-    made.add_argument("--metrics", default=",".join(METRICS))
+    made.add_argument("net", choices=NETS)
+    made.add_argument("--metrics", default=",".join(without_loss()))
     made.add_argument("--units", type=int, default=8)
-    made.add_argument("--choices", type=int, default=3)
+    made.add_argument("--bits", default="8,4,2")
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     metrics = options.metrics.split(",")
-    for found in compare(options.net, metrics, options.units, options.choices):
+    registered()
+    bits = [int(width) for width in options.bits.split(",")]
+    net = NETS[options.net]()
+    with torch.no_grad():
+        regrets = compare(net, metrics, options.units, bits)
+    for found in regrets:
         print(f"{options.net:8} {found}", flush=True)
 
 

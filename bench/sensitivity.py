@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from results import parser
+from torch import nn
 
 import mpq_fx
-from mpq_fx.demo.nets import SUBJECTS, Subject
+from mpq_fx.demo.nets import SUBJECTS, Batch
 from mpq_fx.facts import Table
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.analyze.metric import Task
@@ -54,16 +55,17 @@ def compare(name: str, metrics: Sequence[str], plans: int) -> list[Score]:
             cost = (table.provenance["seconds"], table.provenance["forward_passes"])
             found.append(Score(metric, *cost, agreement(table, drawn, errors)))
 
-    looked_on(SUBJECTS[name](), looking_on)
+    subject = SUBJECTS[name]()
+    looked_on(subject.model, subject.calibration, looking_on)
     return found
 
 
-def looked_on(subject: Subject, look: Callable[[Task], None]) -> None:
+def looked_on(model: nn.Module, calibration: Sequence[Batch], look: Callable[[Task], None]) -> None:
     """Tune a net with a metric that only looks on: it has the replay, and the recorded calls."""
     _LOOKING_ON.append(look)
     add("metrics", NAME, f"{__name__}:compared")
     config = mpq_fx.Config(target="reference", sensitivity=NAME)
-    mpq_fx.tune(subject.model, subject.calibration, config=config, progress=False)
+    mpq_fx.tune(model, calibration, config=config, progress=False)
 
 
 def compared(task: Task) -> Table:

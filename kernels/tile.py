@@ -1,6 +1,6 @@
-"""(M, N, K, device)  ->  Tile: how a matmul is cut; from tuned.json if it was searched, else a table
+"""(M, N, K, machine)  ->  Tile: how a matmul is cut, from tuned.json if that was searched
 
-A tile that fits and fills the device is good; which one is best is measured (`candidates`).
+Else by a kernel's own table: the largest tile that fits and gives every processor something to do.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Tile:
         rows = self.block_m * x_bytes + self.block_n * w_bytes
         return rows * self.block_k * self.stages
 
+    @property
+    def values(self) -> float:
+        """Results that a thread holds in registers."""
+        return self.block_m * self.block_n / (32 * self.warps)
+
     def count(self, m: int, n: int) -> int:
         """Programs of a call."""
         return -(-m // self.block_m) * -(-n // self.block_n) * self.split_k
@@ -66,11 +71,19 @@ def _cuda_machine(index: int) -> Machine:
     return Machine(architecture, facts.multi_processor_count, facts.shared_memory_per_block_optin)
 
 
+ROOMY = 64  # results of a thread that leave registers for an epilogue that loads or computes
+
+
 def fitting(
     tiles: Sequence[Tile], machine: Machine, x_bytes: float, w_bytes: float
 ) -> tuple[Tile, ...]:
     """Those that the shared memory of a block can hold."""
     return tuple(t for t in tiles if t.shared_bytes(x_bytes, w_bytes) <= machine.shared)
+
+
+def roomy(tiles: Sequence[Tile]) -> tuple[Tile, ...]:
+    """Those with which an epilogue of more than a bias spills no registers."""
+    return tuple(t for t in tiles if t.values <= ROOMY)
 
 
 def filling(tiles: Sequence[Tile], machine: Machine, m: int, n: int) -> Tile:
@@ -99,6 +112,11 @@ def save(path: Path, kernel: str, found: Mapping[str, Tile]) -> None:
     known[kernel] = {**known.get(kernel, {}), **found}
     facts = {name: {at: asdict(t) for at, t in tiles.items()} for name, tiles in known.items()}
     path.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    forget()
+
+
+def forget() -> None:
+    """Read every file anew, after something else wrote it."""
     _read.cache_clear()
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -20,10 +23,20 @@ def round_to_even(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 in another dtype, to nearest: the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 32767 + ((bits >> 16) & 1)) & -65536  # a tie goes to the even one
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def encode(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     """The codes of x in DTYPE; clamped before they are rounded, to stay small."""
     steps = tl.div_rn(x, scale)
-    if DTYPE.is_floating():
+    if DTYPE.is_floating():  # type: ignore[attr-defined] -- of Triton's dtype
         return float_code(steps, HIGH, DTYPE)
     shift = zero.to(tl.float32)
     steps = tl.minimum(tl.maximum(steps, LOW - shift), HIGH - shift)
@@ -35,12 +48,12 @@ def float_code(x, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     """The code of the 8-bit float nearest to x, a tie to the even code, at most HIGH; NaN is NaN.
 
     In bits, since the interpreter's cast rounds ties up and goes wrong at numbers close to zero.
-    A sum with 1.5 · 2^23 times the step of x's binade rounds it to that step.  What is left, brought
-    from the bias of DTYPE to that of float32 by a product, has the code in its upper bits: numbers
-    below 2^(1 - bias) have become subnormal in float32 as they are in DTYPE.
+    A sum with 1.5 · 2^23 times the step of x's binade rounds it to that step.  What is left,
+    brought from the bias of DTYPE to that of float32 by a product, has the code in its upper bits:
+    what is below 2^(1 - bias) has become subnormal in float32, as it is in DTYPE.
     """
-    MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width
-    BIAS: tl.constexpr = DTYPE.exponent_bias
+    MANTISSA: tl.constexpr = DTYPE.fp_mantissa_width  # type: ignore[attr-defined]
+    BIAS: tl.constexpr = DTYPE.exponent_bias  # type: ignore[attr-defined]
     LEAST: tl.constexpr = (128 - BIAS) << 23  # the exponent of the smallest normal number
     STEP: tl.constexpr = ((23 - MANTISSA) << 23) + (1 << 22)
     size = tl.minimum(tl.abs(x), HIGH * 1.0)

@@ -12,7 +12,7 @@ from mpq_fx.binding import Installed, fresh
 from mpq_fx.facts import Choice
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
-from mpq_fx.passes.analyze.replay import worst_error
+from mpq_fx.passes.analyze.replay import Scales, worst_error
 from mpq_fx.passes.lower.constants import fold_constants
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
@@ -62,12 +62,12 @@ def lower(
     target: Target,
     values: Mapping[str, torch.Tensor],
     choices: Mapping[str, Choice],
-    scales: Any,
+    scales: Scales,
     mode: str = "",
 ) -> tuple[Installed, Lowered]:
     """canonical graph + choices -> compiled callable over owned constants, and its callees."""
     gm, _ = clone(graph.gm)
-    rewrite(gm, graph.sites, choices, scales)
+    rewrite(gm, graph.sites, choices, beside(scales, values))
     lowered = target.lower(gm, mode)
     folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
@@ -87,6 +87,12 @@ def lower(
         accepts,
     )
     return installed, lowered
+
+
+def beside(scales: Scales, values: Mapping[str, torch.Tensor]) -> Scales:
+    """Static scales on the device of the weights: a kernel cannot read numbers from another."""
+    device = next((x.device for x in values.values()), torch.device("cpu"))
+    return {key: (scale.to(device), zero.to(device)) for key, (scale, zero) in scales.items()}
 
 
 def caller(installed: Installed, record: Sequence[Any]) -> Callable[[], Any]:

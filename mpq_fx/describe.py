@@ -18,6 +18,7 @@ from mpq_fx.config import Config
 from mpq_fx.facts import Live, Plan, Row, Site, Table
 from mpq_fx.measure import Measured, Parts, parse
 from mpq_fx.passes.analyze.replay import worst_error
+from mpq_fx.remeasured import PREDICTED
 from mpq_fx.resolve import OBJECTIVES, point_of, solver_facts, trade_offs
 from mpq_fx.search import replayed_error
 from mpq_fx.settle import Settled
@@ -174,7 +175,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = list(clock.notes)
     if measured.target.predicted:
-        notes.append(f"latency is predicted by {measured.target.predicted}, not measured")
+        notes.append(f"{PREDICTED} {measured.target.predicted}, not measured")
     if graph.caches:
         notes.append(f"outputs {sorted(graph.caches)} are caches and not part of the error")
     notes += _few_calls(measured.parts)
@@ -232,7 +233,8 @@ def _renamed(table: Table, names: Mapping[str, str]) -> Table:
         return {(names[key[0]], *key[1:]): value for key, value in values.items()}
 
     pairs = {(names[u], c, names[v], d): ms for (u, c, v, d), ms in table.pairs.items()}
-    return replace(table, values=rename(table.values), spread=rename(table.spread), pairs=pairs)
+    found = {"values": rename(table.values), "spread": rename(table.spread), "pairs": pairs}
+    return replace(table, **found, others=())  # which served the search and no further
 
 
 def _live_in(live: Live, names: Mapping[str, str]) -> Live:

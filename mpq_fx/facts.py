@@ -88,6 +88,7 @@ class Table:
     pairs: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
     spread: Mapping[tuple[str, str], float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)  # samples, passes, seconds, weights
+    others: tuple[Table, ...] = ()  # of the same, by other metrics: their plans are worth a look
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from mpq_fx.graph import kind_of
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
+from mpq_fx.remeasured import is_predicted, remeasured
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -40,16 +41,19 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
 
     Raises PlanError where the plan cannot mean this model.
     """
-    name, kind = (
-        plan.target if config.target == "auto" else config.target,
-        kind_of(binding.values().values()),
-    )
+    name = plan.target if config.target == "auto" else config.target
+    kind = kind_of(binding.values().values())
     target = available(target_named(name, config.device, kind), kind)
     choices = {
         site.name: chosen(plan, site, binding.site_names[site.name], target) for site in graph.sites
     }
+    if target.is_timed and is_predicted(plan):
+        plan = remeasured(plan, target, config.cache_dir)
+        log.info("%s", plan.notes[-1])
     warn_of_machine(plan, target)
     mode = mode_of(plan, binding.site_names.values())
+    if plan.target != target.name and mode != INDUCTOR:
+        mode = ""  # another target's word
     if mode == INDUCTOR:
         binding.keep_float(FLOAT_WINS, plan)
         return
@@ -74,8 +78,8 @@ def _lowered(
 
 
 def warn_of_machine(plan: Plan, target: Target) -> None:
-    """What was measured on a CPU with other instructions says little here: errors may, and
-    milliseconds do differ.
+    """What was measured on a CPU with other instructions, or predicted for a GPU, says little here:
+    errors may, and milliseconds do differ.  Another target has other facts to begin with.
     """
     there, here = plan.provenance.get("target", {}), target.facts()
     differences = [f"{k} {there[k]}, here {v}" for k, v in here.items() if there.get(k, v) != v]

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, NoReturn
 
 from mpq_fx.activation_memory import peak
@@ -20,7 +21,7 @@ from mpq_fx.passes.allocate import SEARCHES, SOLVERS, Candidate, Evaluator, Prob
 from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
 from mpq_fx.passes.analyze.mixture import Mixture, mixed
-from mpq_fx.passes.analyze.replay import Replayer, worst_error
+from mpq_fx.passes.analyze.replay import Replayer, output_error, worst_error
 from mpq_fx.problem import MEMORY, in_user_units, numbers, problem, unchanged, unreachable, words
 
 
@@ -79,6 +80,24 @@ def replayed_error(
     return worst_error(runs, references, measured.excluded)
 
 
+def mean_error(measured: Measured) -> Callable[[Mapping[str, str]], float]:
+    """assignment -> √ of its mean noise power over all calls but those of the report.
+
+    Where nothing limits the error it only ranks plans, and more calls rank them better.
+    """
+    chosen = measured.parts.choose
+    further = [r for r in measured.parts.fit if all(r is not known for known in chosen)]
+    references = [*measured.references, *(measured.replay.run(r, {}) for r in further)]
+    both = [*zip((*chosen, *further), references, strict=True)]
+
+    def error(assignment: Mapping[str, str]) -> float:
+        choices = parse(measured.proposal, assignment)
+        runs = ((measured.replay.run(record, choices), y) for record, y in both)
+        return fmean(output_error(outputs, y, measured.excluded) ** 2 for outputs, y in runs) ** 0.5
+
+    return error
+
+
 def drop(measured: Measured, judge: Judge, assignment: Mapping[str, str]) -> float:
     """How much of the user's metric an assignment loses."""
     return judge.drop(measured.replay, parse(measured.proposal, assignment))
@@ -120,7 +139,11 @@ def _search(
         ties=measured.ties,
         live=measured.live,
     )
-    evaluator = _evaluator(measured, config, clock, judge)
+    others = [
+        replace(asked, error=dict(table.values), pairs=dict(table.pairs))
+        for table in measured.tables[ERROR].others
+    ]
+    evaluator = replace(_evaluator(measured, config, clock, judge), others=others)
     name = config.search if measured.sites else "solver"  # without a choice there is nothing to try
     best = SEARCHES.named(name).run(asked, evaluator)
     if best is None:
@@ -156,8 +179,11 @@ def _evaluator(
 ) -> Evaluator:
     """Measured errors, or drops of the user's metric; the way back through mixtures; the solver."""
 
-    def error(plan: Mapping[str, str]) -> float:
-        return joint_error(measured, plan) if judge is None else drop(measured, judge, plan)
+    if judge is not None:
+        error: Callable[[Mapping[str, str]], float] = partial(drop, measured, judge)
+    else:
+        is_limited = measured.tolerance is not None
+        error = partial(joint_error, measured) if is_limited else mean_error(measured)
 
     def gradient(shares: Shares, call: int) -> tuple[float, Shares]:
         parts = measured.parts.choose

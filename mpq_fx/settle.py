@@ -14,7 +14,7 @@ from mpq_fx.clock import Clock
 from mpq_fx.config import Config
 from mpq_fx.errors import first_line
 from mpq_fx.facts import INDUCTOR, Choice
-from mpq_fx.formats import format_named
+from mpq_fx.formats import FORMATS, format_named
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import is_feasible, value_of
 from mpq_fx.passes.lower.target import Lowered
@@ -269,8 +269,9 @@ def contenders(measured: Measured) -> dict[str, dict[str, str]]:
 
 
 def _in_float_codes(choice: Choice) -> bool:
-    """8-bit floats on both sides."""
-    return all(format_named(n).has_float_codes for n in (choice.weight, choice.activation))
+    """8-bit floats on both sides; a site's own dtype need not be a format."""
+    names = (choice.weight, choice.activation)
+    return all(name in FORMATS and FORMATS[name].has_float_codes for name in names)
 
 
 Kinds = tuple[Callable[[Choice], bool], ...]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpq_fx.passes.lower.microbenchmark import finish
+
 MARGIN = 0.02  # a simpler plan has to be faster by this share to win
 LEAST_ROUNDS = 3  # of a race, however long they take
 LONG = 20.0  # ms of a call that finds little in the caches anyway
@@ -76,6 +78,8 @@ def timing(each: Sequence[float]) -> Timing:
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
+    finish()
     begin = time.perf_counter()
     call()
+    finish()
     return (time.perf_counter() - begin) * 1e3

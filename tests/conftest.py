@@ -11,8 +11,8 @@ import shutil
 # depend on the machine, and compilation in the process itself, so that no worker outlives a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Without a GPU Triton's kernels run in its interpreter.  Triton reads this when kernels are defined,
-# which importing torch may do: so the driver's own tool is asked, and not torch.
+# Without a GPU Triton's kernels run in its interpreter.  Triton reads this when kernels are
+# defined, which importing torch may do: so the driver's own tool is asked, and not torch.
 if shutil.which("nvidia-smi") is None and not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,4 +1,4 @@
-"""One model lowered for the target `cpu`, uncompiled, beside its reference."""
+"""One model lowered for a target, uncompiled, beside its reference."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from mpq_fx.passes.analyze.replay import replayer
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.passes.lower.constants import evaluate, fold_constants
 from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.target import Target
 from mpq_fx.passes.rewrite import rewrite
 
 
 class Lowered:
-    """One model lowered twice with the same choices: mpq:: ops, and oneDNN's, both run eagerly."""
+    """One model lowered twice in the same choices: mpq:: ops and a target's, both run eagerly."""
 
     def __init__(
-        self, model: nn.Module, x: torch.Tensor, wanted: Choice | dict[str, Choice], mode: str = ""
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        wanted: Choice | dict[str, Choice],
+        mode: str = "",
+        target: Target = ONEDNN,
     ) -> None:
         self.model, self.found = model.eval(), []
         torch.manual_seed(0)
@@ -45,12 +51,12 @@ class Lowered:
             site.name: choice
             for site in self.sites
             for name, choice in (wanted if isinstance(wanted, dict) else {"": wanted}).items()
-            if choice in ONEDNN.choices.get(site.op, ()) and site.name.endswith(name)
+            if choice in target.choices.get(site.op, ()) and site.name.endswith(name)
         }
         self.reference, _ = clone(gm)
         rewrite(self.reference, self.sites, choices, scales)
         self.lowered, _ = clone(self.reference)
-        self.kernels = ONEDNN.lower(self.lowered, mode).kernels
+        self.kernels = target.lower(self.lowered, mode).kernels
         with torch.no_grad():
             self.folded = fold_constants(self.lowered, self.parameters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,10 @@ def test_the_bar_of_allocation_is_a_paired_comparison(bench):
     uniform = cells("uniform", "measured", worse)
 
     def asked(*others: list) -> dict:
-        rows = [vars(cell) for group in (mine, uniform, *others) for cell in group]
-        return {"n": {"score": "accuracy", "examples": 10, "run": "", "cells": rows}}
+        rows = [astuple(cell) for group in (mine, uniform, *others) for cell in group]
+        columns = [each.name for each in fields(allocation.Cell)]
+        about = {"score": "accuracy", "examples": 10, "run": ""}
+        return {"n": {**about, "columns": columns, "rows": rows}}
 
     page = table.page(asked(cells("mpq-fx", "fisher", mixed), cells("NNCF", "x", [None] * 5)))
     assert "in 1 of 1 cells (100%). It is significantly worse than a uniform plan in 0." in page

@@ -74,7 +74,7 @@ def test_every_source_file_lies_in_a_package():
 
 
 def test_data_files_are_packaged():
-    folders = {"mpq_fx": ROOT / "mpq_fx"}
+    folders = {"mpq_fx": ROOT / "mpq_fx", "mpq_fx.kernels.linear": ROOT / "kernels" / "linear"}
     patterns = PROJECT["tool"]["setuptools"]["package-data"]
     packaged = {path for name in patterns for p in patterns[name] for path in folders[name].glob(p)}
     on_disk = {

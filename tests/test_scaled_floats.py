@@ -111,6 +111,16 @@ def test_all_fp8_is_a_plan_to_beat_where_it_is_offered(isolated, monkeypatch):
     assert found["fp8_e4m3"]["all fp8"] > 0.01
 
 
+def test_a_site_in_no_format_of_the_table_has_its_plans_to_beat(isolated, monkeypatch):
+    monkeypatch.setattr(passes, "TARGETS", (replace(REFERENCE, is_timed=True),))
+    model = nn.Sequential(nn.Linear(16, 16)).double().eval()
+    batches = [torch.randn(4, 16, dtype=torch.float64) for _ in range(4)]
+    config = mpq_fx.Config(target="reference", tolerance=0.2, time_budget=0.1)
+    plan = mpq_fx.tune(model, batches, config=config, progress=False)
+    assert "all fp8" not in plan.errors
+    assert plan.choices["0"].weight == "float64"
+
+
 def test_the_cpu_says_why_it_has_none(subject, plan, isolated):
     model = nn.Sequential(nn.Linear(64, 64)).eval()
     batches = [torch.randn(4, 64) for _ in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -275,15 +276,21 @@ def test_other_options_on_a_model_that_runs_a_plan_find_a_plan_of_their_own():
 def test_the_plan_is_the_best_of_all_whose_error_was_measured(model, monkeypatch, wishes):
     """Plans around the solver's answer are measured, too; one that is better wins."""
     seen: dict[tuple, float] = {}
-    real = search.joint_error
 
-    def joint_error(measured, assignment):
-        key = tuple(sorted(assignment.items()))
-        assert key not in seen, "a plan was measured twice"
-        seen[key] = real(measured, assignment)
-        return seen[key]
+    def recorded(ask):
+        def error(assignment):
+            key = tuple(sorted(assignment.items()))
+            assert key not in seen, "a plan was measured twice"
+            seen[key] = ask(assignment)
+            return seen[key]
 
-    monkeypatch.setattr(search, "joint_error", joint_error)
+        return error
+
+    worst, mean = search.joint_error, search.mean_error
+    monkeypatch.setattr(
+        search, "joint_error", lambda measured, plan: recorded(partial(worst, measured))(plan)
+    )
+    monkeypatch.setattr(search, "mean_error", lambda measured: recorded(mean(measured)))
     plan = tune(model, **wishes)
     assert len(seen) > 1
     mine = tuple(sorted(named(plan).items()))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mpq_fx.formats import Format
-from mpq_fx.kernels.triton_math import activate, encode
+from mpq_fx.kernels.triton_math import activate, encode, narrow
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Epilogue:
     @property
     def out_dtype(self) -> torch.dtype:
         return self.dtype if self.out_fmt is None else self.out_fmt.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but a bias, which takes no registers worth speaking of?"""
+        return self.addend is None and self.activation == "none" and self.out_fmt is None
 
     def arguments(self, n: int) -> dict[str, Any]:
         """The arguments of `finish`, by name, as every kernel passes them on."""
@@ -97,7 +102,7 @@ def finish(
     if out_scale_ptr is not None:
         stored = encode(y, tl.load(out_scale_ptr), tl.load(out_zero_ptr), LOW, HIGH, dtype)
     else:
-        stored = y.to(dtype)
+        stored = narrow(y, dtype)
     first = y_ptr + first_row * N + first_column
     tl.store(first + row * N + column, stored, mask=mask)
 

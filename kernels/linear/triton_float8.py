@@ -10,7 +10,8 @@ in float32 (PROMOTE), as torch._scaled_mm does without its fast accumulation.  S
     relative RMS error of the sum  <=  sqrt(min(K, BLOCK_K)) · 2^-13  +  sqrt(K) · 2^-24
 
 sm_100 keeps float32 sums beside its tensor cores, which such a detour would only slow down.  Of
-sm_120 nothing is published; it is taken for one of the former.
+sm_120 nothing is published; it is taken for one of the former.  In tiles of fewer than 64 rows
+Triton 3.7 has sm_90 and sm_100 multiply in float16, exactly: there a weight's bytes take the time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.tile import (
     INTERPRETER,
+    ROOMY,
     Machine,
     Tile,
     around,
@@ -35,6 +37,7 @@ from mpq_fx.kernels.tile import (
     fitting,
     key,
     machine,
+    roomy,
     tuned,
 )
 
@@ -54,7 +57,6 @@ TILES = {
         Tile(64, 64, 128, 8, 4, 4),
     ),
 }
-SUMS = 128  # that a thread keeps in registers; with more of them it spills
 OLDEST = (8, 9)  # the architecture from which on tensor cores multiply 8-bit floats
 EXACT = ("sm_100", "sm_103")  # whose tensor cores sum in float32 all the way
 
@@ -80,29 +82,34 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
     return codes, scale.float().reshape(-1).expand(w.shape[0]).clone()
 
 
-def tile(m: int, n: int, k: int, at: Machine) -> Tile:
+def tile(m: int, n: int, k: int, at: Machine, *, is_plain: bool) -> Tile:
     """What was tuned for this shape, else by the table."""
     found = tuned(TUNED, NAME, key(at, m, n, k))
-    return found or filling(listed(m, at), at, m, n)
+    if found is not None and kept([found], at, is_plain=is_plain):
+        return found
+    return filling(listed(m, at, is_plain=is_plain), at, m, n)
 
 
-def listed(m: int, at: Machine) -> tuple[Tile, ...]:
-    return kept(TILES[next((rows for rows in TILES if m <= rows), 0)], at)
+def listed(m: int, at: Machine, *, is_plain: bool = True) -> tuple[Tile, ...]:
+    """The tiles of the table for so many rows."""
+    tiles = TILES[next((rows for rows in TILES if m <= rows), 0)]
+    return kept(tiles, at, is_plain=is_plain)
 
 
 def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
     """What a search tries: the tiles of the table for so many rows, and each one's neighbors."""
     found = (near for tile in listed(m, at) for near in around(tile))
-    return kept(tuple(dict.fromkeys(found)), at)
+    return kept(tuple(dict.fromkeys(found)), at, is_plain=True)
 
 
-def kept(tiles: Sequence[Tile], at: Machine) -> tuple[Tile, ...]:
-    """Those whose operands fit into shared memory, and whose sums fit into registers: where they
-    are promoted, twice.
+def kept(tiles: Sequence[Tile], at: Machine, *, is_plain: bool) -> tuple[Tile, ...]:
+    """Those whose operands fit into shared memory, and whose sums leave registers for what else
+    there is: an epilogue, or the same sums in float32.
     """
-    times = 2 if is_promoted(at) else 1
     found = fitting(tiles, at, 1, 1)
-    return tuple(t for t in found if times * t.block_m * t.block_n <= SUMS * 32 * t.warps)
+    if is_promoted(at) or not is_plain:
+        return roomy(found)
+    return tuple(t for t in found if t.values <= 2 * ROOMY)
 
 
 def is_promoted(at: Machine) -> bool:
@@ -141,7 +148,8 @@ def float8_kernel(
     GROUP_M: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ):
-    first_row, first_column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    program = tl.program_id(0)
+    first_row, first_column = tile_of(program, M, N, BLOCK_M, BLOCK_N, GROUP_M)  # type: ignore
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -175,7 +183,7 @@ def launch(call: Call) -> Tensor:
     """One program per tile of results."""
     y, (w, scales) = call.empty(), call.packed
     (m, k), n, at = call.x.shape, call.n, machine(call.x.device)
-    cut = call.tile or tile(m, n, k, at)
+    cut = call.tile or tile(m, n, k, at, is_plain=call.epilogue.is_plain)
     assert cut.block_k <= LONGEST, f"sums of {cut.block_k} products in a tensor core"
     float8_kernel[(cut.count(m, n),)](
         *(call.x, call.x_scale, w, scales, y),
@@ -191,8 +199,8 @@ def launch(call: Call) -> Tensor:
         BLOCK_K=cut.block_k,
         GROUP_M=cut.group_m,
         IS_EVEN=k % cut.block_k == 0,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_warps=cut.warps,  # type: ignore[call-arg] -- the launcher's
+        num_stages=cut.stages,  # type: ignore[call-arg]
         **call.epilogue.arguments(n),
     )
     return y

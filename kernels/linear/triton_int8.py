@@ -1,4 +1,4 @@
-"""y[m, n] = sx[m] · sw[n] · (Σ_k x[m, k] · w[n, k] - zx[m] · Σ_k w[n, k]) + …   int8 × int8 -> int32
+"""y[m, n] = sx[m] · sw[n] · (Σ_k x[m, k] · w[n, k] - zx[m] · Σ_k w[n, k])   int8 × int8 -> int32
 
 The sum is exact, as is the correction for the zero point of x: the sums of the weight's rows are
 packed beside it.  uint8 codes are read as int8 ones, 128 lower, since a tensor core multiplies
@@ -18,7 +18,7 @@ from torch import Tensor
 from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
-from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, key, machine, tuned
+from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, key, machine, roomy, tuned
 
 NAME = "int8_linear"
 TUNED = Path(__file__).with_name("tuned.json")
@@ -31,7 +31,7 @@ TILES = {
     0: (  # more
         Tile(128, 256, 128, 8, 8, 3),
         Tile(128, 128, 128, 8, 8, 3),
-        Tile(128, 128, 64, 8, 4, 4),
+        Tile(128, 128, 64, 8, 8, 4),
         Tile(64, 64, 128, 8, 4, 4),
     ),
 }
@@ -56,13 +56,17 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
     return codes, scales, w.sum(1, dtype=torch.int32)
 
 
-def tile(m: int, n: int, k: int, at: Machine) -> Tile:
+def tile(m: int, n: int, k: int, at: Machine, *, is_plain: bool) -> Tile:
     """What was tuned for this shape, else by the table."""
     found = tuned(TUNED, NAME, key(at, m, n, k))
-    return found or filling(listed(m, at), at, m, n)
+    if found is not None and (is_plain or roomy([found])):
+        return found
+    tiles = listed(m, at)
+    return filling(tiles if is_plain else roomy(tiles), at, m, n)
 
 
 def listed(m: int, at: Machine) -> tuple[Tile, ...]:
+    """The tiles of the table for so many rows."""
     return fitting(TILES[next((rows for rows in TILES if m <= rows), 0)], at, 1, 1)
 
 
@@ -139,7 +143,8 @@ def launch(call: Call) -> Tensor:
     """One program per tile of results."""
     y, (w, scales, sums) = call.empty(), call.packed
     (m, k), n = call.x.shape, call.n
-    cut = call.tile or tile(m, n, k, machine(call.x.device))
+    is_plain = call.epilogue.is_plain
+    cut = call.tile or tile(m, n, k, machine(call.x.device), is_plain=is_plain)
     int8_kernel[(cut.count(m, n),)](
         *(call.x, call.x_scale, call.x_zero, w, scales, sums, y),
         M=m,

@@ -1,4 +1,4 @@
-"""The contract of every Triton kernel of mpq::linear: when, how a weight is packed, how it is called
+"""The contract of every Triton kernel of mpq::linear: when, how a weight is packed, how it runs
 
 A kernel is a value of LinearKernel.  `define` makes it two ops of one signature for all kernels:
 `mpq_triton::<name>_pack(w, scale, zero, fmt)`, which depends on weights alone and is folded into
@@ -121,6 +121,11 @@ def call_of(  # the arguments of the schema, in its order
 ) -> Call:
     written = format_named(out_fmt) if out_fmt else None
     after = (addend, addend_scale, addend_zero, activation, written, out_scale, out_zero)
-    epilogue = Epilogue(dtype, bias, *after)
+    epilogue = Epilogue(dtype, vector(bias), *after)
     formats = format_named(x_fmt), format_named(w_fmt)
-    return Call(x, x_scale, x_zero, tuple(packed), *formats, n, epilogue)
+    return Call(x, vector(x_scale), vector(x_zero), tuple(packed), *formats, n, epilogue)
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """Its values one after the other, in memory too; a copy of few values where they are not."""
+    return None if x is None else x.reshape(-1).contiguous()

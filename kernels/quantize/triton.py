@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from mpq_fx.formats import TENSOR, Format, format_named
-from mpq_fx.kernels.triton_math import activate, bounds, encode, scale_and_zero
+from mpq_fx.kernels.triton_math import activate, bounds, encode, narrow, scale_and_zero
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 TILE = 4096  # values that one program works on at a time
@@ -54,10 +54,10 @@ def load_values(x_ptr, up_ptr, x_at, up_at, mask, ACTIVATION: tl.constexpr):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION != "none":
-        x = activate(x, ACTIVATION).to(dtype).to(tl.float32)
+        x = narrow(activate(x, ACTIVATION), dtype).to(tl.float32)
     if up_ptr is not None:
         up = tl.load(up_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-        x = (x * up).to(dtype).to(tl.float32)
+        x = narrow(x * up, dtype).to(tl.float32)
     return x
 
 
@@ -113,7 +113,7 @@ def dynamic_kernel(
     BLOCK_K: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Each of `blocks` pieces of rows has `length` values and a scale; a row's last may be short."""
+    """Each of `blocks` pieces of rows has `length` values and a scale; the last may be short."""
     block = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     is_mine = block < blocks
     row, first = block // groups, block % groups * length

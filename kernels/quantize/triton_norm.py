@@ -25,7 +25,7 @@ from mpq_fx.kernels.quantize.triton import (
     power_of_two,
     rows_of,
 )
-from mpq_fx.kernels.triton_math import bounds, encode, scale_and_zero
+from mpq_fx.kernels.triton_math import bounds, encode, narrow, scale_and_zero
 
 
 def refuse(fmt: Format, k: int, *, is_static: bool) -> Iterator[str]:
@@ -72,7 +72,7 @@ def norm_kernel(
         y = y * tl.load(weight_ptr + k * stride_w, mask=k < K, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + k * stride_b, mask=k < K, other=0.0).to(tl.float32)
-    y = y.to(dtype).to(tl.float32)
+    y = narrow(y, dtype).to(tl.float32)
     if IS_STATIC:
         scale, zero = tl.load(scale_ptr), tl.load(zero_ptr)
     else:

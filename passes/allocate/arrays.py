@@ -14,7 +14,7 @@ from mpq_fx.passes.allocate.rows import Row
 
 @dataclass(frozen=True)
 class Arrays:
-    """single[0, g, i] and pair[0, e, i, j] cost; rows 1, 2, … are budgets, each with limit 1.
+    """single[0, g, i] and pair[0, e, i, j] cost; rows 1, 2, … are budgets, with limits up to 1.
 
     A group of fewer options repeats its last one.  ends[e] = (g, h).
     """
@@ -23,6 +23,7 @@ class Arrays:
     pair: np.ndarray
     ends: np.ndarray
     sizes: np.ndarray
+    limits: np.ndarray
 
     def priced(self, prices: np.ndarray) -> Priced:
         weights = np.array([1.0, *prices])
@@ -87,7 +88,7 @@ def received(single: np.ndarray, ends: np.ndarray, messages: np.ndarray) -> np.n
 
 
 def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:
-    """The rows of a form as arrays; a budget is divided by its limit."""
+    """The rows of a form as arrays; a budget is divided by a power of two above its limit."""
     sizes = np.array([len(group.options) for group in form.groups])
     most = int(sizes.max(initial=1))
     rows = (objective, *budgets)
@@ -96,7 +97,7 @@ def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:
     single = np.zeros((len(rows), len(sizes), most))
     pair = np.zeros((len(rows), len(ends), most, most))
     for r, row in enumerate(rows):
-        one = 1 if r == 0 else max(row.limit or 0, 1)
+        one = 1.0 if r == 0 else row.full
         for g, terms in enumerate(row.single):
             single[r, g] = np.array(terms, dtype=float)[repeated[g]] / one
         for e, (g, h) in enumerate(ends):
@@ -104,7 +105,8 @@ def arrays_of(form: Form, objective: Row, budgets: Sequence[Row]) -> Arrays:
             for at, term in row.blocks.get((g, h), {}).items():
                 block[at] = term
             pair[r, e] = block[np.ix_(repeated[g], repeated[h])] / one
-    return Arrays(single, pair, np.array(ends, dtype=int).reshape(-1, 2), sizes)
+    limits = np.array([(row.limit or 0) / row.full for row in budgets])
+    return Arrays(single, pair, np.array(ends, dtype=int).reshape(-1, 2), sizes, limits)
 
 
 def neighbors_of(arrays: Arrays) -> list[Neighbors]:

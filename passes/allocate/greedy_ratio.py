@@ -34,7 +34,7 @@ from mpq_fx.passes.allocate.search import (
     Plan,
     Search,
     candidate_of,
-    check_unlinked,
+    check_budgets_alone,
     unmeant,
 )
 
@@ -104,7 +104,7 @@ def greedy_ratio(problem: Problem, evaluator: Evaluator) -> Candidate | None:
 
     Once time is over nothing more is asked for: budgets that are not met yet are met by prediction.
     """
-    check_unlinked(problem)
+    check_budgets_alone(problem)
     begin = time.perf_counter()
     groups = groups_of(problem)
     changes = changes_of(problem, {g.members[0]: g.members for g in groups})

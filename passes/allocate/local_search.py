@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpq_fx.passes.allocate.arrays import Arrays, Neighbors, Priced, neighbors_of
-from mpq_fx.passes.allocate.relaxation import SLACK
 
 DESCENTS, SHARES, DOUBLINGS = 30, 12, 40
 LEAST = 1e-6  # price of a budget, as a share of the largest cost
@@ -24,7 +23,7 @@ def local_search(
     `prices` of the budgets say what a move wastes.  Deterministic.
     """
     plans = [p for p in (*starts, _within(arrays, prices, starts[0])) if p is not None]
-    plans = [picks for picks in plans if _fits(arrays.spent(picks))]
+    plans = [picks for picks in plans if _fits(arrays, arrays.spent(picks))]
     if not plans:
         return None
     found = min(plans, key=lambda picks: float(arrays.spent(picks)[0]))
@@ -36,9 +35,9 @@ def local_search(
     return np.minimum(found, arrays.sizes - 1)
 
 
-def _fits(spent: np.ndarray) -> bool:
+def _fits(arrays: Arrays, spent: np.ndarray) -> bool:
     """Does (cost, use of each budget) keep to the budgets?"""
-    return bool((spent[1:] <= 1.0 - SLACK).all())
+    return bool((spent[1:] <= arrays.limits).all())
 
 
 def _within(arrays: Arrays, prices: np.ndarray, start: np.ndarray) -> np.ndarray | None:
@@ -53,7 +52,7 @@ def _within(arrays: Arrays, prices: np.ndarray, start: np.ndarray) -> np.ndarray
         share = high if best is None else (low + high) / 2
         picks = _descend(arrays.priced(share * prices), groups, picks)
         spent = arrays.spent(picks)
-        fits = _fits(spent)
+        fits = _fits(arrays, spent)
         if fits and spent[0] < cost:
             best, cost = picks, spent[0]
         if best is None:
@@ -81,7 +80,7 @@ def _move(arrays: Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarray |
     now = arrays.spent(picks)
     change = arrays.beside(picks)
     change -= np.take_along_axis(change, picks[None, :, None], axis=2)
-    left = 1.0 - SLACK - now[1:]
+    left = arrays.limits - now[1:]
     fits = (change[1:] <= left[:, None, None]).all(axis=0)
     best = np.where(fits, change[0], 0.0)
     if best.min() < 0.0:
@@ -100,7 +99,7 @@ def _move(arrays: Arrays, prices: np.ndarray, picks: np.ndarray) -> np.ndarray |
             return None
         trial = _moved(picks, [int(pool[k]) for k in divmod(int(at), len(pool))], options)
         spent = arrays.spent(trial)
-        if spent[0] < now[0] and _fits(spent):
+        if spent[0] < now[0] and _fits(arrays, spent):
             return trial
     return None
 

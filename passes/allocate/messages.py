@@ -53,7 +53,7 @@ def relax_pairs(
     objective, budgets = relaxed
     arrays = arrays_of(form, objective, budgets)
     prices, messages = _ascend(arrays, int(VISITS * seconds))
-    value, extra = _bound(arrays.priced(prices), prices, messages)
+    value, extra = _bound(arrays, prices, messages)
     picks = _plan(arrays, prices, messages)
     found = Relaxation(value, None if picks is None else tuple(map(int, picks)), extra)
     return in_units(found, objective)
@@ -74,7 +74,7 @@ def _ascend(arrays: Arrays, visits: int) -> tuple[np.ndarray, np.ndarray]:
         for order in (groups, groups[::-1]):
             _send(priced, order, messages)
         prices = _repriced(arrays, prices, messages, target)
-        value, _ = _bound(arrays.priced(prices), prices, messages)
+        value, _ = _bound(arrays, prices, messages)
         best = max(best, _Best(value, prices, messages.copy()), key=lambda at: at.value)
         risen.append(best.value)
         if len(risen) > PATIENCE and risen[-1] - risen[-PATIENCE] <= PROGRESS * abs(risen[-1]):
@@ -96,7 +96,7 @@ def _repriced(
     separated = _separated(arrays, messages)
     if len(prices) < 2:
         return ascend(separated, prices)
-    value, _ = _bound(arrays.priced(prices), prices, messages)
+    value, _ = _bound(arrays, prices, messages)
     above = target - value if np.isfinite(target) else GUESS * abs(value)
     return polish(separated, prices, dual(separated, prices)[0] + max(above, 0.0))[0]
 
@@ -111,7 +111,9 @@ def _plan(arrays: Arrays, prices: np.ndarray, messages: np.ndarray) -> np.ndarra
 
 def _groups_alone(arrays: Arrays, messages: np.ndarray) -> Separable:
     """The groups with what messages moved into them, and without what is left of the pairs."""
-    return Separable(received(arrays.single[0], arrays.ends, messages), arrays.single[1:])
+    return Separable(
+        received(arrays.single[0], arrays.ends, messages), arrays.single[1:], arrays.limits
+    )
 
 
 def _separated(arrays: Arrays, messages: np.ndarray) -> Separable:
@@ -125,7 +127,8 @@ def _separated(arrays: Arrays, messages: np.ndarray) -> Separable:
     missing = flat.shape[-1] - groups.cost.shape[-1]
     cost = np.pad(groups.cost, ((0, 0), (0, missing)), constant_values=np.inf)
     use = np.pad(groups.use, ((0, 0), (0, 0), (0, missing)))
-    return Separable(np.concatenate([cost, flat[0]]), np.concatenate([use, flat[1:]], axis=1))
+    both = np.concatenate([cost, flat[0]]), np.concatenate([use, flat[1:]], axis=1)
+    return Separable(*both, arrays.limits)
 
 
 def _send(priced: Priced, order: Sequence[Neighbors], messages: np.ndarray) -> None:
@@ -143,10 +146,10 @@ def _send(priced: Priced, order: Sequence[Neighbors], messages: np.ndarray) -> N
         messages[group.pairs, group.sides] = given
 
 
-def _bound(priced: Priced, prices: np.ndarray, messages: np.ndarray) -> tuple[float, np.ndarray]:
+def _bound(arrays: Arrays, prices: np.ndarray, messages: np.ndarray) -> tuple[float, np.ndarray]:
     """The dual value, less what float sums may be wrong by, and what each option adds to it."""
-    single, pair = priced.moved(messages)
+    single, pair = arrays.priced(prices).moved(messages)
     least, left = single.min(axis=1), pair.min(axis=(1, 2))
-    value = float(least.sum() + left.sum() - prices.sum())
+    value = float(least.sum() + left.sum() - prices @ arrays.limits)
     doubt = 1e-12 * float(np.abs(single).max(axis=1).sum() + np.abs(pair).max(axis=(1, 2)).sum())
     return value - doubt, single - least[:, None]

@@ -49,7 +49,7 @@ from mpq_fx.passes.allocate.search import (
     Search,
     Shares,
     candidate_of,
-    check_unlinked,
+    check_budgets_alone,
     unmeant,
 )
 
@@ -107,7 +107,7 @@ def gathered(groups: Sequence[Group], values: Shares) -> np.ndarray:
 
 def rco(problem: Problem, evaluator: Evaluator) -> Candidate | None:
     """The better, as measured, of the descent's last plan and of the solver's own."""
-    check_unlinked(problem)
+    check_budgets_alone(problem)
     begin = time.perf_counter()
     (name,) = problem.budgets
     plans = [evaluator.solve(problem).assignment]

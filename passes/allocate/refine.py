@@ -70,6 +70,44 @@ def refined(
     return tried
 
 
+def suggested(
+    problem: Problem,
+    others: Sequence[Problem],
+    solve: Solve,
+    measure: Callable[[Mapping[str, str]], float],
+    tried: Sequence[Tried],
+    *,
+    is_past: Callable[[], bool] = lambda: False,
+) -> tuple[Tried, ...]:
+    """What was `tried`, and the plan that each other error table of the problem has for best.
+
+    That table is scaled to what was measured of the best plan so far, so that its sums compare with
+    the budget.
+    """
+    tried = tuple(tried)
+    for other in others:
+        if is_past():
+            break
+        asked = replace(_scaled(problem, other, tried), excluded=_assignments(tried))
+        try:
+            solution = solve(asked)
+        except (InfeasibleError, ConfigError):  # of this table nothing is left, or found in time
+            continue
+        if solution.assignment not in asked.excluded:
+            tried = (*tried, Tried(solution, measure(solution.assignment)))
+    return tried
+
+
+def _scaled(problem: Problem, other: Problem, tried: Sequence[Tried]) -> Problem:
+    """The problem with the other error table, its budget in the units of that table."""
+    asked, best = replace(problem, error=other.error, pairs=other.pairs), best_of(problem, tried)
+    limit = problem.budgets.get(ERROR)
+    guess = 0.0 if best is None else value_of(asked, ERROR, best.solution.assignment)
+    if best is None or limit is None or guess <= 0.0 or best.error <= 0.0:
+        return asked
+    return replace(asked, budgets={**asked.budgets, ERROR: limit * guess / best.error})
+
+
 def best_of(problem: Problem, tried: Sequence[Tried]) -> Tried | None:
     """The best by measured errors among those whose measured error is within the budget."""
     limit = problem.budgets.get(ERROR, float("inf"))

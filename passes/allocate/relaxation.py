@@ -17,7 +17,6 @@ from mpq_fx.passes.allocate.quantity import Quantity
 from mpq_fx.passes.allocate.rows import Row, can_exceed, row_of
 
 BITS = 52  # integers that float64 holds exactly
-SLACK = 1e-11  # of each budget: float sums of 10,000 units stay clear of it
 TIGHTEST = 16  # rows of one limit, the tightest: each takes as long as a budget
 BISECTIONS, SWEEPS, STEPS, REPAIRS = 60, 4, 200, 60
 
@@ -36,10 +35,14 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class Separable:
-    """cost[g, i], use[r, g, i] >= 0 with every budget 1; cost is inf where there is no option."""
+    """cost[g, i], use[r, g, i] >= 0 and limits[r] <= 1; cost is inf where there is no option.
+
+    Uses are integers over a power of two, so that a plan within the limits is known exactly.
+    """
 
     cost: np.ndarray
     use: np.ndarray
+    limits: np.ndarray
 
     def at(self, table: np.ndarray, picks: np.ndarray) -> np.ndarray:
         return np.take_along_axis(table, picks[..., None], axis=-1)[..., 0]
@@ -63,9 +66,10 @@ def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | No
     cost = _padded(objective.single, np.inf)
     use = np.zeros((len(rows), *cost.shape))
     for r, row in enumerate(rows):
-        use[r] = _padded(row.single, 0.0) / max(row.limit or 0, 1)
-    unpayable = (use > 1.0).any(axis=0)
-    arrays = Separable(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use))
+        use[r] = _padded(row.single, 0.0) / row.full
+    limits = np.array([(row.limit or 0) / row.full for row in rows])
+    unpayable = (use > limits[:, None, None]).any(axis=0)
+    arrays = Separable(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use), limits)
     if not np.isfinite(arrays.cost.min(axis=1)).all():
         return None
     return in_units(_search(arrays), objective)
@@ -142,10 +146,10 @@ def _search(arrays: Separable) -> Relaxation:
 
 
 def dual(arrays: Separable, prices: np.ndarray) -> tuple[float, np.ndarray]:
-    """The dual value and its picks, which are also its slope: spent - 1."""
+    """The dual value and its picks, which are also its slope: spent - limits."""
     priced = arrays.priced(prices)
     picks = priced.argmin(axis=1)
-    return float(arrays.at(priced, picks).sum() - prices.sum()), picks
+    return float(arrays.at(priced, picks).sum() - prices @ arrays.limits), picks
 
 
 def ascend(arrays: Separable, prices: np.ndarray) -> np.ndarray:
@@ -160,7 +164,7 @@ def ascend(arrays: Separable, prices: np.ndarray) -> np.ndarray:
 def _price(arrays: Separable, prices: np.ndarray, r: int) -> float:
     def is_met(price: float) -> bool:
         prices[r] = price
-        return arrays.spent(dual(arrays, prices)[1])[r] <= 1.0 - SLACK
+        return arrays.spent(dual(arrays, prices)[1])[r] <= arrays.limits[r]
 
     if is_met(0.0):
         return 0.0
@@ -182,7 +186,7 @@ def polish(arrays: Separable, prices: np.ndarray, target: float) -> tuple[np.nda
         improved = reached > value
         best, value = (prices, reached) if improved else (best, value)
         pace = pace if improved else pace * 0.95
-        slope = arrays.spent(picks) - 1.0
+        slope = arrays.spent(picks) - arrays.limits
         length = float(slope @ slope)
         if length == 0.0 or target <= value:
             break
@@ -209,9 +213,9 @@ def _repair(arrays: Separable, prices: np.ndarray, picks: np.ndarray) -> np.ndar
     rows = np.arange(len(picks))
     priced = arrays.priced(prices)
     for _ in range(REPAIRS):
-        spent = arrays.spent(picks)
-        r = int(spent.argmax()) if len(spent) else -1
-        if r < 0 or spent[r] <= 1.0 - SLACK:
+        excess = arrays.spent(picks) - arrays.limits
+        r = int(excess.argmax()) if len(excess) else -1
+        if r < 0 or excess[r] <= 0.0:
             return picks
         relief = arrays.at(arrays.use[r], picks)[:, None] - arrays.use[r]
         loss = priced - arrays.at(priced, picks)[:, None]
@@ -220,7 +224,7 @@ def _repair(arrays: Separable, prices: np.ndarray, picks: np.ndarray) -> np.ndar
         move = ratio.argmin(axis=1)
         order = np.argsort(ratio[rows, move], kind="stable")
         order = order[np.isfinite(ratio[order, move[order]])]
-        needed = np.searchsorted(relief[order, move[order]].cumsum(), spent[r] - 1.0 + SLACK)
+        needed = np.searchsorted(relief[order, move[order]].cumsum(), excess[r])
         moved = order[: needed + 1]
         picks[moved] = move[moved]
     return None
@@ -228,7 +232,7 @@ def _repair(arrays: Separable, prices: np.ndarray, picks: np.ndarray) -> np.ndar
 
 def _fill(arrays: Separable, picks: np.ndarray) -> np.ndarray:
     """Spend what is left: the largest saving that still fits, one group at a time."""
-    left = 1.0 - SLACK - arrays.spent(picks)
+    left = arrays.limits - arrays.spent(picks)
     saving = arrays.at(arrays.cost, picks)[:, None] - arrays.cost
     for at in np.argsort(-saving, axis=None, kind="stable"):
         g, i = divmod(int(at), saving.shape[1])

@@ -6,13 +6,13 @@ Single errors do not simply add up.  Its plans are the solver's, and the measure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from mpq_fx.errors import InfeasibleError
 from mpq_fx.passes.allocate.problem import ERROR, NOISE, Problem, Solution, value_of
-from mpq_fx.passes.allocate.refine import Tried, best_of, refined
+from mpq_fx.passes.allocate.refine import Tried, best_of, refined, suggested
 from mpq_fx.passes.allocate.search import Candidate, Evaluator, Search
 
 ROUNDS = 10  # solve-and-measure rounds of a bisection
@@ -23,13 +23,15 @@ REFINE_SHARE = 0.57  # of the time for searching, after which no further round b
 
 def rescaled(problem: Problem, evaluator: Evaluator) -> Candidate | None:
     """The best plan whose error was measured: of a bisection of the solver's error budget, then,
-    unless the user's metric is asked, of solves with a table that what was measured corrects.
+    unless the user's metric is asked, of solves with other metrics' tables, and with one that what
+    was measured corrects.
     """
     tried: list[Tried] = []
 
     def measure(solution: Solution) -> float:
         error = evaluator.error(solution.assignment)
-        tried.append(Tried(solution, error**2))
+        if all(solution.assignment != each.solution.assignment for each in tried):
+            tried.append(Tried(solution, error**2))  # told twice it would count as two measurements
         return error
 
     is_free = evaluator.limit == math.inf
@@ -74,17 +76,17 @@ def _unchanged(problem: Problem, evaluator: Evaluator) -> Candidate | None:
 def _refined(
     problem: Problem, evaluator: Evaluator, best: Candidate, tried: Sequence[Tried]
 ) -> Candidate:
-    """The best after some rounds of solving with a corrected table; `best` if none is better."""
+    """The best after plans of other tables, and of a corrected one; `best` if none is better."""
     is_limited = evaluator.limit < math.inf
     asked = _limited(problem, evaluator.limit**2) if is_limited else problem
-    found = refined(
-        asked,
-        partial(evaluator.solve, time_limit=REFINE_SECONDS, hint=best.solution.assignment),
-        lambda plan: evaluator.error(plan) ** 2,
-        tried,
-        rounds=REFINE_ROUNDS,
-        is_past=partial(evaluator.is_past, REFINE_SHARE),
-    )
+    solve = partial(evaluator.solve, time_limit=REFINE_SECONDS, hint=best.solution.assignment)
+    is_past = partial(evaluator.is_past, REFINE_SHARE)
+
+    def measure(plan: Mapping[str, str]) -> float:
+        return evaluator.error(plan) ** 2
+
+    found = suggested(asked, evaluator.others, solve, measure, tried, is_past=is_past)
+    found = refined(asked, solve, measure, found, rounds=REFINE_ROUNDS, is_past=is_past)
     winner = best_of(asked, found)
     if winner is None or winner.solution is best.solution:
         return best

@@ -36,6 +36,11 @@ class Row:
         return _ratio(self.step, 1 << self.shift)
 
     @property
+    def full(self) -> float:
+        """A power of two above the limit: integers divided by it stay exact, sums within it too."""
+        return float(1 << (self.limit or 0).bit_length())
+
+    @property
     def scale(self) -> float:
         """Integers per float unit; infinite where a float cannot hold it."""
         return 1.0 / self.unit if self.unit else math.inf

@@ -6,7 +6,7 @@ plan that was allowed.  SEARCHES in `mpq_fx.passes.allocate` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,8 +40,8 @@ class IsPast(Protocol):
 class Evaluator:
     """What a search may ask about plans, besides the tables.
 
-    error(plan): as measured, of the worst recorded call; or what the user's metric loses.  A plan
-    is asked once, its answer remembered.
+    error(plan): as measured, of the worst recorded call, or of all where there is no limit; or what
+    the user's metric loses.  A plan is asked once, its answer remembered.
     gradient(shares, k): (noise power of the mixture on recorded call k, its derivative by every
     share that is named); a unit's result is Σ_o shares[u, o] · (its result in option o).
     """
@@ -53,6 +53,7 @@ class Evaluator:
     gradient: Callable[[Shares, int], tuple[float, Shares]]
     solve: Solver  # the one that the user named
     is_past: IsPast
+    others: Sequence[Problem] = ()  # the problem again, with the error tables of other metrics
 
     def allows(self, plan: Plan) -> bool:
         """Its error is within the limit, and there was time to ask."""
@@ -84,6 +85,17 @@ def check_unlinked(problem: Problem) -> None:
     if problem.links:
         raise ConfigError(
             "this search lowers one unit at a time, and links change several at once",
+            fix='search="solver"',
+        )
+
+
+def check_budgets_alone(problem: Problem) -> None:
+    """ConfigError for limits that a search by budgets of sums would break without a word."""
+    check_unlinked(problem)
+    limited = sorted({*problem.floors, *(problem.peaks.keys() & problem.budgets.keys())})
+    if limited:
+        raise ConfigError(
+            f"this search keeps to budgets of sums, and {', '.join(limited)} has a floor or a peak",
             fix='search="solver"',
         )
 

@@ -44,7 +44,7 @@ def measured(task: Task, plans: Sequence[Plan]) -> list[float]:
         measure = partial(_measured, task, record, by_name)
         found = task.work.collect(f"plans, call {k}", dict.fromkeys(by_name, 1.0), measure)
         powers += np.square([found[_name(plan)].powers[0] for plan in plans])
-    return [*np.sqrt(powers / len(task.records))]
+    return np.sqrt(powers / len(task.records)).tolist()
 
 
 def _measured(

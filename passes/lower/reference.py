@@ -66,8 +66,12 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
 
 def measure(site: Site, choice: Choice) -> float:
     """The oracle has no speed; its cost is the bits that one call multiplies (MAC · bits)."""
-    bits = FORMATS[choice.weight].element.bits * FORMATS[choice.activation].element.bits
-    return site.macs * bits / 1e12
+    return site.macs * _bits(choice.weight) * _bits(choice.activation) / 1e12
+
+
+def _bits(name: str) -> int:
+    """Of one value; a site's own dtype need not be a format."""
+    return FORMATS[name].element.bits if name in FORMATS else getattr(torch, name).itemsize * 8
 
 
 def lower(gm: GraphModule, mode: str) -> Lowered:

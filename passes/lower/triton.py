@@ -99,11 +99,9 @@ def is_interpreted() -> bool:
     """Was TRITON_INTERPRET set when the kernels were defined?"""
     if not has_triton():
         return False
-    from triton.runtime.interpreter import InterpretedFunction
+    from mpq_fx.kernels.triton_math import INTERPRETED
 
-    from mpq_fx.kernels.triton_math import encode
-
-    return isinstance(encode, InterpretedFunction)
+    return bool(INTERPRETED.value)
 
 
 def device_at_hand() -> Device | None:

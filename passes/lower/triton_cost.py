@@ -68,7 +68,7 @@ def call_of(site: Site, choice: Choice, kernel: LinearKernel) -> Call:
 def codes_of(fmt: Format, *shape: int) -> Tensor:
     if isinstance(fmt.element, Float):
         return torch.randn(*shape).to(fmt.dtype)
-    return torch.randint(fmt.qmin, fmt.qmax + 1, shape, dtype=fmt.dtype)
+    return torch.randint(int(fmt.qmin), int(fmt.qmax) + 1, shape, dtype=fmt.dtype)
 
 
 def measured_conversion(site: Site, before: Choice | None, after: Choice) -> float:

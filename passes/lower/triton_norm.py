@@ -32,7 +32,8 @@ class Norm:
 
 def norm_of(node: Node) -> Norm | None:
     if node.target is aten.layer_norm.default:
-        x, shape, weight, bias, eps, *_ = (*arguments(node), None, None, 1e-5)[:5]
+        x, shape, *rest = arguments(node)
+        weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
         return _last(Norm(x, weight, bias, float(eps), True), shape)
     if node.target is aten.rms_norm.default:
         x, shape, weight, eps = (*arguments(node), None, None)[:4]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import SEARCHES, Problem, value_of
 from mpq_fx.passes.allocate.guided import menu_of
+from mpq_fx.passes.allocate.problem import Condition, Term
 from tests.evaluators import evaluator_of
 
 OPTIONS = ("float32", "bfloat16", "int8")
@@ -130,4 +131,27 @@ def test_links_are_refused_where_one_unit_changes_at_a_time(search):
         problem_of([(0.1, 1.0), (0.1, 1.0)]), links=(("u0", "u1"),), budgets={"latency": 8.0}
     )
     with pytest.raises(ConfigError, match="one unit at a time"):
+        guided(problem, search, 9.0)
+
+
+@pytest.mark.parametrize("search", ["greedy_ratio", "rco"])
+@pytest.mark.parametrize(
+    ("limit", "name"),
+    [
+        ({"floors": {"latency": 3.0}}, "latency"),
+        (
+            {
+                "peaks": {"memory": ((Term(4.0, (Condition("u0", ("float32",)),)),),)},
+                "budgets": {"latency": 8.0, "memory": 2.0},
+            },
+            "memory",
+        ),
+    ],
+    ids=["floor", "peak"],
+)
+def test_limits_that_are_not_budgets_of_sums_are_refused_by_name(search, limit, name):
+    problem = replace(
+        problem_of([(0.1, 1.0), (0.1, 1.0)]), **{"budgets": {"latency": 8.0}, **limit}
+    )
+    with pytest.raises(ConfigError, match=f"{name} has a floor or a peak"):
         guided(problem, search, 9.0)

@@ -160,6 +160,25 @@ def test_every_solver_takes_the_same_arguments(name):
     assert found.values["error"] == pytest.approx(best.values["error"], rel=1e-9)
 
 
+@pytest.mark.parametrize("coupled", [False, True], ids=["alone", "pairs"])
+@pytest.mark.parametrize("each", [1.0, 0.1, 1e-9, 3e7])
+def test_the_relaxation_spends_a_budget_to_the_last_of_it(each, coupled):
+    """Thirteen of forty equal units fit exactly; one fewer used to be all that floats allowed."""
+    units = [f"u{k}" for k in range(40)]
+    sizes = {(u, o): each * (1 + (o == "large")) for u in units for o in ("small", "large")}
+    problem = Problem(
+        options=dict.fromkeys(units, ("small", "large")),
+        error={(u, o): float(o == "small") for u in units for o in ("small", "large")},
+        pairs={("u0", "large", "u1", "large"): 1e-3} if coupled else {},
+        resources={"size": sizes},
+        budgets={"size": each * 53},
+        objective=("error",),
+    )
+    found = lagrangian.solve(problem)
+    assert is_feasible(problem, found.assignment)
+    assert [*found.assignment.values()].count("large") == 13
+
+
 @pytest.mark.parametrize("solve", [cp_sat.solve, lagrangian.solve])
 def test_a_time_limit_of_nothing_is_refused(solve):
     with pytest.raises(ConfigError, match="time_limit"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_fx.passes.allocate import Problem, Solution, cp_sat, is_feasible, value_of
-from mpq_fx.passes.allocate.refine import Tried, best_of, corrected, refined
+from mpq_fx.passes.allocate.refine import Tried, best_of, corrected, refined, suggested
 
 OPTIONS = dict.fromkeys("abcd", ("w8", "w4"))
 POWER = st.integers(1, 1000).map(lambda n: n / 100)
@@ -130,6 +130,38 @@ def test_a_solver_that_ignores_what_is_excluded_ends_it():
     always = cp_sat.solve(problem)
     found = refined(problem, lambda asked: always, lambda plan: 1.0, [Tried(always, 1.0)], rounds=8)
     assert len(found) == 1
+
+
+def test_each_other_table_has_its_best_plan_measured_once():
+    """The first says that a is harmless, the second that b is, and c is true: of both together."""
+    problem = of_singles({"a": 1.0, "b": 9.0}, bits=12.0)
+    others = [of_singles({"a": 9.0, "b": 1.0}), of_singles({"a": 9.0, "b": 2.0})]
+    first = cp_sat.solve(problem)
+    assert first.assignment == {"a": "w4", "b": "w8"}
+    start = [Tried(first, 5.0)]
+    found = suggested(problem, others, cp_sat.solve, lambda plan: 4.0, start)
+    plans = [each.solution.assignment for each in found]
+    assert plans[1] == {"a": "w8", "b": "w4"}
+    assert len(plans) == 3  # the third is what the second table has for best of those not measured
+    assert all(is_feasible(problem, plan) for plan in plans)
+    assert best_of(problem, found).error == 4.0
+    late = suggested(problem, others, cp_sat.solve, lambda plan: 4.0, start, is_past=lambda: True)
+    assert late == (*start,)
+
+
+def test_another_table_is_scaled_to_what_was_measured():
+    """Its sums are a hundredth, yet it may not spend a hundred times the error budget."""
+    problem = of_singles({"a": 1.0, "b": 2.0, "c": 4.0}, objective=("bits", "error"), error=3.0)
+    other = of_singles({"a": 0.01, "b": 0.04, "c": 0.02})
+    start = [tried(problem, {"a": "w4", "b": "w8", "c": "w8"}, 1.0)]
+    _, found = suggested(problem, [other], cp_sat.solve, lambda plan: 3.0, start)
+    assert found.solution.assignment == {"a": "w4", "b": "w8", "c": "w4"}  # 0.03 = 3 hundredths
+
+
+def test_a_table_of_which_no_plan_is_left_ends_nothing():
+    problem = of_singles({"a": 1.0})
+    every = [tried(problem, {"a": o}, 1.0) for o in ("w8", "w4")]
+    assert suggested(problem, [problem], cp_sat.solve, lambda plan: 1.0, every) == (*every,)
 
 
 def of_singles(noise, objective=("error",), **budgets) -> Problem:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_fx.errors import InfeasibleError
-from mpq_fx.passes.allocate import SEARCHES, Problem, Solution
+from mpq_fx.passes.allocate import SEARCHES, Problem, Solution, cp_sat
 from mpq_fx.passes.allocate.rescaled import ROUNDS, bisect
 from mpq_fx.passes.allocate.search import remembered
 from tests.evaluators import evaluator_of
@@ -152,3 +152,28 @@ def test_around_the_solvers_plan_others_are_measured_unless_a_metric_is_asked():
         found = SEARCHES["solver"].run(problem, evaluator)
         assert found.solution.assignment == {"a": "bfloat16"}
         assert asked == measured
+
+
+def test_a_plan_that_another_table_has_for_best_wins_where_it_measures_better():
+    """With a solver that refuses every further round, only the plans of the tables are measured."""
+    options = {"a": ("w8", "w4"), "b": ("w8", "w4")}
+    size = {(u, o): 8.0 if o == "w8" else 4.0 for u in options for o in options[u]}
+
+    def problem(a: float, b: float) -> Problem:
+        error = {("a", "w8"): 0.0, ("a", "w4"): a, ("b", "w8"): 0.0, ("b", "w4"): b}
+        objective = ("error", "size")
+        return Problem(options, error, objective, resources={"size": size}, budgets={"size": 12.0})
+
+    def solve(asked: Problem, **given) -> Solution:
+        if len(asked.excluded) > 1:
+            raise InfeasibleError("enough")
+        return cp_sat.solve(asked)
+
+    def found(*others: Problem):
+        evaluator = evaluator_of(
+            lambda plan: 0.1 if plan["b"] == "w4" else 0.2, 0.5, solve=solve, others=others
+        )
+        return SEARCHES["solver"].run(problem(0.01, 0.02), evaluator)
+
+    assert found(problem(0.03, 0.01)).solution.assignment == {"a": "w8", "b": "w4"}
+    assert found(problem(0.03, 0.01)).error == 0.1

@@ -77,6 +77,5 @@ ON_SOME = {  # one architecture of each kind of tensor core
     **linears(triton_int4_int8, "int4_asym", "int8", (0,)),
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
-    "embedding int8": partial(embedding, "int8"),
-    "embedding int4_g32": partial(embedding, "int4_g32"),
+    **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},
 }

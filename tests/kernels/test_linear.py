@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 import mpq_fx.kernels  # noqa: F401 - registers the ops
 from mpq_fx.formats import FORMATS, Format
-from mpq_fx.numerics import (
-    Quantized,
-    pack_int4,
-    quantize,
-    relative_rms,
-    spread,
-    unpack_int4,
+from mpq_fx.numerics import Quantized, quantize, relative_rms, spread
+from tests.kernels.tolerance import (
+    UNIT_ROUNDOFF,
+    bump_one_code,
+    drop_last_block,
+    limit,
+    next_group_scale,
+    swap_nibbles,
 )
 
 linear = torch.ops.mpq.linear
 X_FORMATS = pytest.mark.parametrize("fx", FORMATS.values(), ids=lambda fmt: f"x={fmt}")
 W_FORMATS = pytest.mark.parametrize("fw", FORMATS.values(), ids=lambda fmt: f"w={fmt}")
-UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-
-
-def limit(k: int, out: torch.dtype) -> float:
-    return UNIT_ROUNDOFF[out] + math.sqrt(k) * UNIT_ROUNDOFF[torch.float32]
 
 
 def value(q: Quantized, fmt: Format) -> torch.Tensor:
@@ -56,30 +50,6 @@ def test_equals_float64_arithmetic_on_the_same_codes(fx, fw):
         got = call(x, w, bias, fx=fx, fw=fw, out=out)
         assert got.dtype == out
         assert relative_rms(got, want) <= limit(300, out)
-
-
-def swap_nibbles(q: Quantized, fmt: Format) -> Quantized:
-    packed = pack_int4(q.codes)
-    return Quantized(unpack_int4(packed << 4 | packed >> 4, q.codes.shape[-1]), q.scale, q.zero)
-
-
-def next_group_scale(q: Quantized, fmt: Format) -> Quantized:
-    return Quantized(q.codes, q.scale.roll(1, -1), q.zero)
-
-
-def drop_last_block(q: Quantized, fmt: Format) -> Quantized:
-    codes = q.codes.clone()
-    last = codes[:, codes.shape[1] // 32 * 32 - 32 :]
-    last.copy_(spread(q.zero, fmt, codes.shape[1]).expand(codes.shape)[:, -last.shape[1] :])
-    return Quantized(codes, q.scale, q.zero)
-
-
-def bump_one_code(q: Quantized, fmt: Format) -> Quantized:
-    """To the next code; of floats the next magnitude, which is the next byte."""
-    codes = q.codes.clone()
-    place = codes.view(torch.int8) if fmt.has_float_codes else codes
-    place[0, -1] += 1 if codes[0, -1].float().abs() < fmt.max else -1
-    return Quantized(codes, q.scale, q.zero)
 
 
 BUGS = [

@@ -39,6 +39,8 @@ def drop_last_block(q: Quantized, fmt: Format) -> Quantized:
 
 
 def bump_one_code(q: Quantized, fmt: Format) -> Quantized:
-    codes = q.codes.clone()
-    codes[0, -1] += 1 if codes[0, -1] < fmt.qmax else -1
+    """To the next code; of floats the next magnitude, which is the next byte."""
+    codes, last = q.codes.clone(), q.codes[0, -1].float()
+    place = codes.view(torch.int8) if fmt.has_float_codes else codes
+    place[0, -1] += 1 if (last.abs() if fmt.has_float_codes else last) < fmt.qmax else -1
     return Quantized(codes, q.scale, q.zero)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -369,9 +370,22 @@ def test_auto_takes_pairs_only_where_they_rank_plans_better(monkeypatch):
     task = task_of(planted(1.0, -1.0, 1.0), INT8, INT4)
     monkeypatch.setattr(interlayer_hessian, "SIGNIFICANT", 0.0)
     table = METRICS["auto"](task)
-    assert set(table.provenance["compared"]) == {"measured_singles", "interlayer_hessian"}
+    names = {"measured_singles", "interlayer_hessian", "block_pairs"}
+    assert set(table.provenance["compared"]) == names
+    assert {table.metric, *(other.metric for other in table.others)} == names
     monkeypatch.setattr(auto_module, "WORTH", 2.0)
     alone = METRICS["auto"](task)
     assert (alone.metric, alone.pairs) == ("measured_singles", {})
     monkeypatch.setattr(auto_module, "WORTH", -2.0)
-    assert METRICS["auto"](task).metric == "interlayer_hessian"
+    assert METRICS["auto"](task).pairs
+
+
+def test_auto_measures_pairs_of_blocks_only_where_there_is_time(monkeypatch):
+    task = task_of(planted(1.0, -1.0, 1.0), INT8, INT4)
+    monkeypatch.setattr(auto_module, "passes_of_blocks", lambda task: 1e9)
+    hurried = METRICS["auto"](replace(task, deadline=time.monotonic() + 60.0))
+    assert "block_pairs" not in {hurried.metric, *(other.metric for other in hurried.others)}
+    at_leisure = METRICS["auto"](task)
+    assert "block_pairs" in {at_leisure.metric, *(other.metric for other in at_leisure.others)}
+    more = at_leisure.provenance["forward_passes"] - hurried.provenance["forward_passes"]
+    assert more >= METRICS["block_pairs"](task).provenance["forward_passes"]

@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -97,8 +97,9 @@ def test_a_loaded_plan_is_the_saved_one(folder):
     path, _, plan = folder
     again = load(path / "plan.json")
     assert str(plan.diff(again)).startswith("no difference")
-    assert again.choices == plan.choices
-    assert again.ledger == plan.ledger
+    for field in fields(plan):
+        if field.name != "tensors":
+            assert getattr(again, field.name) == getattr(plan, field.name), field.name
     assert all(torch.equal(again.tensors[name], t) for name, t in plan.tensors.items())
 
 

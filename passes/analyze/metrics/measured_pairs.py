@@ -35,9 +35,12 @@ def measured_pairs(task: Task) -> Table:
 
 def block_pairs(task: Task) -> Table:
     """Singles, and pairs of units in the same block of layers or in two that follow each other."""
-    order = list(dict.fromkeys(block_of(unit) for unit in task.units))
-    position = {unit: order.index(block_of(unit)) for unit in task.units}
-    return _pairs("block_pairs", task, lambda u, v: abs(position[u] - position[v]) <= 1)
+    return _pairs("block_pairs", task, _neighbors(task))
+
+
+def passes_of_blocks(task: Task) -> float:
+    """Forward passes of one call of `block_pairs`."""
+    return _passes(task, _neighbors(task))
 
 
 def projected_pairs(task: Task) -> Table:
@@ -46,6 +49,12 @@ def projected_pairs(task: Task) -> Table:
     """
     table = measured_pairs(task)
     return replace(projected(task, table), metric="projected_pairs")
+
+
+def _neighbors(task: Task) -> IsNear:
+    order = list(dict.fromkeys(block_of(unit) for unit in task.units))
+    position = {unit: order.index(block_of(unit)) for unit in task.units}
+    return lambda u, v: abs(position[u] - position[v]) <= 1
 
 
 def block_of(unit: Unit) -> str:
@@ -105,8 +114,7 @@ def _pairs(name: str, task: Task, is_near: IsNear) -> Table:
                 if (v, d) in alone:
                     found.setdefault((u, c, v, d), []).append(power - alone[u, c] - alone[v, d])
 
-    passes = 1 + task.count / 2 + _count(task, is_near) / 3
-    table = averaged(name, task, each, forward_passes=passes, keep=keep)
+    table = averaged(name, task, each, forward_passes=_passes(task, is_near), keep=keep)
     return replace(table, pairs={pair: sum(seen) / len(seen) for pair, seen in found.items()})
 
 
@@ -126,10 +134,11 @@ def _seconds_of(task: Task, is_near: IsNear) -> dict[str, list[Key]]:
     }
 
 
-def _count(task: Task, is_near: IsNear) -> int:
-    """How many pairs of singles there are."""
+def _passes(task: Task, is_near: IsNear) -> float:
+    """A suffix is half of a pass, one that begins with a later unit a third."""
     sizes = [(unit, len(task.options[unit[0]]) - 1) for unit in task.units]
-    return sum(n * m for k, (u, n) in enumerate(sizes) for v, m in sizes[k + 1 :] if is_near(u, v))
+    pairs = (n * m for k, (u, n) in enumerate(sizes) for v, m in sizes[k + 1 :] if is_near(u, v))
+    return 1 + task.count / 2 + sum(pairs) / 3
 
 
 def _doubles(
