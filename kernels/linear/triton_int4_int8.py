@@ -69,7 +69,11 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
         words = pack_bytes(w + 8)
         if fmt.symmetric:
             return words, scales
-        return words, scales, (120 - zero.t()).to(torch.uint8, memory_format=torch.contiguous_format)
+        return (
+            words,
+            scales,
+            (120 - zero.t()).to(torch.uint8, memory_format=torch.contiguous_format),
+        )
     q, step, low = on_grid(in_groups(w.int(), fmt.progressive), fmt.progressive)
     words = pack_bytes(q.flatten(1)[:, : w.shape[1]].to(torch.int8))
     second = (part.squeeze(-1).t().to(torch.uint8) for part in (low + 128, step))
