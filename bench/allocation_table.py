@@ -36,8 +36,9 @@ promise about the whole net.
 
 Other tools' searches are written from their descriptions (bench/allocators.py), with the metric
 nearest to theirs. All solve with the same limit of work. `mpq-fx` with a metric's name is that
-table and the solver alone; the default ranks tables on a few plans (`auto`), then measures up to
-eight plans with a table that they correct.
+table and the solver alone; the default makes several tables in the time that `tune` has for them by
+default (`auto`), measures the best plan of each, then up to eight more with a table that they
+correct.
 """
 
 

@@ -221,6 +221,7 @@ def report(plan: Path, output: Path) -> None:
 def bench(model: str | None, batch: int, variants: str | None, as_json: bool) -> None:
     """Measure MODEL, or all of them, against eager PyTorch, Inductor, PT2E int8, torchao, ONNX
     Runtime and OpenVINO, one process per variant; what is not installed is named and left out.
+    With "gpu" for MODEL: the kernels of the target triton by themselves, on the GPU at hand.
     """
     from mpq_fx.benchmark import main as run
 

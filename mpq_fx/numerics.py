@@ -174,9 +174,9 @@ def to_grid(codes: Tensor, second: Progressive) -> Tensor:
 
 def in_groups(codes: Tensor, second: Progressive) -> Tensor:
     """[..., K] -> [..., groups, block]; a ragged last group is filled with its last code"""
-    missing = second.groups(codes.shape[-1]) * second.block - codes.shape[-1]
-    last = codes[..., -1:].expand(*codes.shape[:-1], missing)
-    return torch.cat([codes, last], -1).unflatten(-1, (-1, second.block))
+    groups = second.groups(codes.shape[-1])
+    last = codes[..., -1:].expand(*codes.shape[:-1], groups * second.block - codes.shape[-1])
+    return torch.cat([codes, last], -1).unflatten(-1, (groups, second.block))
 
 
 def on_grid(groups: Tensor, second: Progressive) -> tuple[Tensor, Tensor, Tensor]:

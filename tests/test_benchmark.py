@@ -32,7 +32,7 @@ def test_mpq_bench_hands_its_options_to_the_script(monkeypatch):
 
 
 def test_mpq_bench_without_a_checkout_says_where_to_find_the_benchmarks(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "SCRIPT", tmp_path / "compare.py")
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "bench")
     with pytest.raises(UnsupportedError, match="part of the repository") as caught:
         benchmark.main("bert-base", 1, None, False)
     assert "make bench" in caught.value.fix
@@ -42,3 +42,15 @@ def test_a_failure_of_the_script_is_the_exit_code():
     with pytest.raises(SystemExit) as caught:
         benchmark.main("no-such-model", 1, None, True)
     assert caught.value.code == 2
+
+
+def test_gpu_in_place_of_a_model_times_the_kernels(monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    benchmark.main("gpu", 1, None, True)
+    assert commands == [[sys.executable, str(BENCH / "gpu.py"), "--json"]]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpq_fx.errors import ConfigError
 from mpq_fx.formats import FORMATS, TENSOR, Float, Format, Int, format_named, index
-from mpq_fx.numerics import pack_int4, quantize_weight, weight_rows
+from mpq_fx.numerics import in_groups, on_grid, pack_int4, quantize_weight, weight_rows
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 
@@ -112,6 +112,11 @@ def packed_bytes(w: torch.Tensor, fmt: Format) -> int:
     if fmt.block > 0:
         missing = -codes.shape[1] % fmt.block
         codes = torch.nn.functional.pad(codes, (0, missing))
+    if fmt.progressive:
+        q4, step, low = on_grid(in_groups(codes.int(), fmt.progressive), fmt.progressive)
+        second = (step.to(torch.uint8), low.to(torch.int8))
+        parts = (pack_int4(q4.flatten(1).to(torch.int8)), *second, q.scale)
+        return sum(part.numel() * part.itemsize for part in parts)
     if fmt.stored_bits == 4:
         codes = pack_int4(codes)
     zero = torch.empty(0) if fmt.symmetric else q.zero.to(fmt.dtype)

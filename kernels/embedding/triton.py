@@ -17,7 +17,8 @@ from torch import Tensor
 from mpq_fx.formats import TENSOR, Format, format_named
 from mpq_fx.numerics import pack_int4
 
-CODES = 512  # that one program widens at a time
+BYTES = 2048  # of codes that one program widens at a time: 16 per thread
+LONGEST = 1024  # codes of a row that it takes
 
 
 def refuse(fmt: Format) -> Iterator[str]:
@@ -73,7 +74,7 @@ def embedding_kernel(
 def pack(w: Tensor, fmt: str) -> Tensor:
     """[rows, D] codes -> rows of bytes, two codes of 4 bits in each"""
     if format_named(fmt).element.bits == 4:
-        return pack_int4(w)
+        return pack_int4(w).contiguous()
     return w.clone(memory_format=torch.contiguous_format)
 
 
@@ -128,8 +129,8 @@ def launch(
     if triton.knobs.runtime.interpret:  # which leaves assertions out, and would read anything
         check(indices, rows)
     scales, zeros = (by_row(part, fmt, rows) for part in (scale, zero))
-    block = min(triton.next_power_of_2(max(length, 16)), CODES)
-    tile = {"BLOCK_I": CODES // block, "BLOCK_D": block}
+    block = min(triton.next_power_of_2(max(length, 16)), LONGEST)
+    tile = {"BLOCK_I": BYTES * 8 // fmt.element.bits // block, "BLOCK_D": block}
     count = math.prod(indices.shape)
     grid = (triton.cdiv(count, tile["BLOCK_I"]), triton.cdiv(length, block))
     embedding_kernel[grid](
@@ -140,7 +141,7 @@ def launch(
         GROUP=max(fmt.block, 0),
         IS_PACKED=fmt.element.bits == 4,
         **tile,
-        num_warps=4 if block > 64 else 2,
+        num_warps=4,
         debug=True,  # or no index would be checked
         sanitize_overflow=False,
     )

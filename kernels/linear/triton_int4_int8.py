@@ -26,7 +26,7 @@ from torch import Tensor
 from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
-from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes, unit_of
+from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes
 from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
 from mpq_fx.numerics import in_groups, on_grid

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue, finish
 
-BLOCK = 256
+BLOCK = 512  # 16 bytes of each part per thread
 
 
 @triton.jit

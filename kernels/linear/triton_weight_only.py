@@ -38,9 +38,9 @@ FEW_ROWS = 4  # up to here without tensor cores, whose smallest tile has 16 rows
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program
 TILES = {
     1: (Tile(1, 32, 512, 1, 8, 1), Tile(1, 16, 512, 1, 8, 1)),
-    2: (Tile(2, 32, 256, 1, 4, 1), Tile(2, 16, 256, 1, 4, 1)),
+    2: (Tile(2, 16, 256, 1, 4, 1),),
     4: (Tile(4, 32, 128, 1, 4, 1),),
-    16: (Tile(16, 128, 128, 1, 8, 3), Tile(16, 64, 128, 1, 8, 3), Tile(16, 32, 128, 1, 4, 3)),
+    16: (Tile(16, 64, 128, 1, 8, 3), Tile(16, 32, 128, 1, 4, 3)),
     32: (Tile(32, 64, 128, 1, 4, 3), Tile(32, 32, 128, 1, 4, 3)),
     64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 64, 8, 8, 3), Tile(64, 64, 64, 8, 4, 4)),  # more
@@ -94,11 +94,15 @@ def listed(m: int, fmt: Format, at: Machine) -> tuple[Tile, ...]:
 
 def within_group(tile: Tile, fmt: Format) -> Tile:
     """A step of the tensor cores has one scale, and is at least as long as the codes in 16 bytes,
-    which may then have two.
+    which may then have two.  Where a short one leaves threads idle, few rows take fewer warps.
     """
+    unit = unit_of(fmt.stored_bits)
     if tile.block_m <= FEW_ROWS or fmt.block <= 0:
         return tile
-    return replace(tile, block_k=max(math.gcd(fmt.block, tile.block_k), unit_of(fmt.stored_bits)))
+    length = max(math.gcd(fmt.block, tile.block_k), unit)
+    loads = tile.block_n * length // unit
+    warps = max(1, min(tile.warps, loads // 32)) if tile.block_m <= 32 else tile.warps
+    return replace(tile, block_k=length, warps=warps)
 
 
 def shared_bytes(tile: Tile, fmt: Format) -> float:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -37,6 +37,7 @@ MACHINES = (
     Machine("sm_100", 148, LARGE),
     Machine("sm_120", 170, SMALL),
 )
+KINDS = ("sm_80", "sm_90", "sm_100")  # mma.sync, wgmma, tcgen05
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "*fp32",
@@ -119,10 +120,14 @@ def facts(name: str, built: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = tool("--dump-resource-usage", file.name)
-        code = tool("-sass", file.name)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+        shown = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", shown)}
+    sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", shown)
     ptx = re.findall(r"^\s*(?:@%?!?\w+\s+)?([a-z][\w.:]*)", built.asm["ptx"], re.M)
     return Compiled(
         name,
@@ -134,23 +139,16 @@ def facts(name: str, built: Any) -> Compiled:
     )
 
 
-def tool(option: str, path: str) -> str:
-    found = subprocess.run(
-        [TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True
-    )
-    return found.stdout
-
-
 Cases = Mapping[str, Callable[[Machine], object]]
 Job = tuple[str, Machine, Launch]
 
 
-def jobs_of(cases: Cases) -> list[Job]:
-    """Every launch of every case on every architecture, but for those that were there before."""
+def jobs_of(cases: Cases, machines: Sequence[Machine]) -> list[Job]:
+    """Every launch of every case on every machine, but for those that were there before."""
     jobs: list[Job] = []
     seen = set()
     for name, call in cases.items():
-        for machine in MACHINES:
+        for machine in machines:
             with recorded() as launches:
                 call(machine)
             for launch in launches:
@@ -174,8 +172,9 @@ JOBS: list[Job] = []  # of this process and those it forks: a kernel cannot be s
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    from offline_cases import CASES
+    from offline_cases import EVERYWHERE, ON_SOME
 
-    JOBS.extend(jobs_of(CASES))
+    some = [machine for machine in MACHINES if machine.architecture in KINDS]
+    JOBS.extend([*jobs_of(EVERYWHERE, MACHINES), *jobs_of(ON_SOME, some)])
     with get_context("fork").Pool(2) as pool:
         json.dump(pool.map(done_by_number, range(len(JOBS)), chunksize=1), sys.stdout)

@@ -21,23 +21,33 @@ def meta(*shape: int, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear(kernel, m: int, weight: str, activation: str, machine: Machine) -> None:
-    """A linear in bfloat16 with a bias."""
+def linear(kernel, number: int, rows: int, weight: str, activation: str, at: Machine) -> None:
+    """A tile of the table, by its number there, on a linear in bfloat16 with a bias."""
     x_fmt, w_fmt = FORMATS[activation], FORMATS[weight]
-    scales = w_fmt.scale_shape((N, K))
+    scales, m = w_fmt.scale_shape((N, K)), rows or 1024
     packed = kernel.pack(
         meta(N, K, dtype=w_fmt.dtype),
         meta(*scales, dtype=w_fmt.scale),
         meta(*scales, dtype=torch.int32),
         w_fmt,
     )
-    tile = kernel.tile(m, N, K, w_fmt, machine)
     x, bias = meta(m, K, dtype=x_fmt.dtype), meta(N, dtype=torch.float32)
     x_scale = None
     if x_fmt.scale is not None:
         x_scale = meta(1 if x_fmt.block == TENSOR else m, dtype=torch.float32)
-    after = Epilogue(torch.bfloat16, bias)
+    tile, after = kernel.listed(m, w_fmt, at)[number], Epilogue(torch.bfloat16, bias)
     kernel.launch(Call(x, x_scale, None, packed, x_fmt, w_fmt, N, after, tile))
+
+
+def linears(kernel, weight: str, activation: str, rows: tuple[int, ...] | None = None):
+    """name -> case, of all tiles for these numbers of rows, or of all."""
+    return {
+        f"{kernel.NAME} {weight} {m or 'more'} {number}": partial(
+            linear, kernel, number, m, weight, activation
+        )
+        for m in rows or kernel.TILES
+        for number in range(len(kernel.TILES[m]))
+    }
 
 
 def split(kind: torch.dtype, machine: Machine) -> None:
@@ -56,24 +66,15 @@ def embedding(weight: str, machine: Machine) -> None:
     triton_embedding.launch(indices, stored, scales, None, K, fmt, torch.bfloat16)
 
 
-WEIGHT_ONLY = {
-    "int4": (1, 2, 4, 16, 64, 1024),
-    "int8": (1, 4, 16, 1024),
-    "int4_asym": (1, 16),
-    "int4_g32": (16, 1024),
+EVERYWHERE = {
+    **linears(triton_weight_only, "int4", "bfloat16"),
+    **linears(triton_int4_int8, "int4_progressive", "int8", (16, 64, 0)),
 }
-INT4_INT8 = {"int4_progressive": (1, 64, 1024), "int4": (1, 1024), "int4_asym": (1024,)}
-CASES = {
-    **{
-        f"weight_only {fmt} {m}": partial(linear, triton_weight_only, m, fmt, "bfloat16")
-        for fmt, rows in WEIGHT_ONLY.items()
-        for m in rows
-    },
-    **{
-        f"int4_int8 {fmt} {m}": partial(linear, triton_int4_int8, m, fmt, "int8")
-        for fmt, rows in INT4_INT8.items()
-        for m in rows
-    },
+ON_SOME = {  # one architecture of each kind of tensor core
+    **linears(triton_weight_only, "int8", "bfloat16", (1, 0)),
+    **linears(triton_weight_only, "int4_asym", "bfloat16", (1, 16)),
+    **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
+    **linears(triton_int4_int8, "int4_asym", "int8", (0,)),
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
     **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},
