@@ -68,7 +68,7 @@ def test_the_largest_code_of_a_row_stays_as_it_is():
     ids=["q·s - z", "(q - z)·s"],
 )
 def test_the_protective_range_is_that_of_the_rules_in_the_paper(rule, limit):
-    """QoQ rounds its step, and with it the ends of a group may leave the range: beyond this."""
+    """QoQ rounds its step, and with it ends of a group leave the range: beyond this limit."""
 
     def widened(ends: torch.Tensor) -> torch.Tensor:
         low, high = ends[:, :1], ends[:, 1:]

@@ -15,16 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from mpq_fx.formats import TENSOR, Format, format_named
+from mpq_fx.kernels.triton_math import narrow
 from mpq_fx.numerics import pack_int4
 
-BYTES = 2048  # of codes that one program widens at a time: 16 per thread
-LONGEST = 1024  # codes of a row that it takes
+SHARED = 32  # neighbors of a row that a thread gives one scale, or fewer
+LONGEST = 1024  # codes of a row that a program takes
+CODES = (2048, 4096)  # that it takes in all, of 8 and of 4 bits: 16 bytes per thread
 
 
 def refuse(fmt: Format) -> Iterator[str]:
     """Why this kernel does not look up rows of such a table."""
     if fmt.is_plain or fmt.has_float_codes:
         yield f"{fmt} has no integer codes"
+    if fmt.block > 0 and fmt.block % 16:
+        yield f"groups are multiples of 16 here, and those of {fmt} are {fmt.block}"
 
 
 @triton.jit
@@ -36,6 +40,7 @@ def embedding_kernel(
     y_ptr,
     count,
     rows,
+    stored,
     D,
     stride_wi,
     stride_si,
@@ -45,29 +50,35 @@ def embedding_kernel(
     GROUP: tl.constexpr,
     IS_PACKED: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)[:, None]
+    """RUN neighbors of a row, which share a scale, are a thread's."""
+    at = (tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None, None]
     index = tl.load(indices_ptr + at, mask=at < count, other=0).to(tl.int64)
     tl.device_assert((index >= 0) & (index < rows), "index out of range in embedding")
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    mask = (at < count) & (d < D)
+    run = (tl.program_id(1) * RUNS + tl.arange(0, RUNS))[None, :, None]
     if IS_PACKED:
-        byte = tl.program_id(1) * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)[None, :]
-        inside = (at < count) & (byte * 2 < D)
+        byte = run * (RUN // 2) + tl.arange(0, RUN // 2)[None, None, :]
+        inside = (at < count) & (byte < stored)
         both = tl.load(w_ptr + index * stride_wi + byte, mask=inside, other=0).to(tl.int8)
         low = (both << 4) >> 4  # the shift back copies the sign
-        codes = tl.reshape(tl.join(low, both >> 4), (BLOCK_I, BLOCK_D))
+        codes = tl.reshape(tl.join(low, both >> 4), (BLOCK_I, RUNS, RUN))
     else:
-        codes = tl.load(w_ptr + index * stride_wi + d, mask=mask, other=0)
-    group = d // GROUP if GROUP else d * 0
+        byte = run * RUN + tl.arange(0, RUN)[None, None, :]
+        inside = (at < count) & (byte < stored)
+        codes = tl.load(w_ptr + index * stride_wi + byte, mask=inside, other=0)
+    group = run * RUN // GROUP if GROUP else run * 0
+    inside = (at < count) & (run * RUN < D)
     y = codes.to(tl.float32)
     if zero_ptr is not None:
-        at_zero = zero_ptr + index * stride_zi + group * stride_zg
-        y -= tl.load(at_zero, mask=mask, other=0).to(tl.float32)
-    at_scale = scale_ptr + index * stride_si + group * stride_sg
-    y *= tl.load(at_scale, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at * D + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+        zero_at = zero_ptr + index * stride_zi + group * stride_zg
+        y -= tl.load(zero_at, mask=inside, other=0).to(tl.float32)
+    scale_at = scale_ptr + index * stride_si + group * stride_sg
+    y *= tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
+    d = run * RUN + tl.arange(0, RUN)[None, None, :]
+    stored_y = narrow(y, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at * D + d, stored_y, mask=(at < count) & (d < D))
 
 
 @torch.library.custom_op("mpq_triton::embedding_pack", mutates_args=())
@@ -129,12 +140,14 @@ def launch(
     if triton.knobs.runtime.interpret:  # which leaves assertions out, and would read anything
         check(indices, rows)
     scales, zeros = (by_row(part, fmt, rows) for part in (scale, zero))
-    block = min(triton.next_power_of_2(max(length, 16)), LONGEST)
-    tile = {"BLOCK_I": BYTES * 8 // fmt.element.bits // block, "BLOCK_D": block}
+    run = math.gcd(fmt.block, SHARED) if fmt.block > 0 else SHARED
+    runs = min(triton.next_power_of_2(triton.cdiv(length, run)), LONGEST // run)
+    block = CODES[fmt.element.bits == 4] // (runs * run)
+    tile = {"BLOCK_I": block, "RUNS": runs, "RUN": run}
     count = math.prod(indices.shape)
-    grid = (triton.cdiv(count, tile["BLOCK_I"]), triton.cdiv(length, block))
+    grid = (triton.cdiv(count, block), triton.cdiv(length, runs * run))
     embedding_kernel[grid](
-        *(indices.reshape(-1), packed, scales, zeros, y, count, rows, length),
+        *(indices.reshape(-1), packed, scales, zeros, y, count, *packed.shape, length),
         stride_wi=packed.stride(0),
         **strides("s", scales),
         **strides("z", zeros),

@@ -5,6 +5,8 @@ packed beside it.  uint8 codes are read as int8 ones, 128 lower, since a tensor 
 operands of one signedness, and so is their zero point.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's own types know neither what a launch takes besides nor what device functions return.
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -143,7 +143,7 @@ Cases = Mapping[str, Callable[[Machine], object]]
 Job = tuple[str, Machine, Launch]
 
 
-def jobs_of(cases: Cases, machines: Sequence[Machine]) -> list[Job]:
+def jobs_of(cases: Cases, machines: Sequence[Machine] = MACHINES) -> list[Job]:
     """Every launch of every case on every machine, but for those that were there before."""
     jobs: list[Job] = []
     seen = set()

@@ -21,8 +21,10 @@ def meta(*shape: int, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear(kernel, number: int, rows: int, weight: str, activation: str, at: Machine) -> None:
-    """A tile of the table, by its number there, on a linear in bfloat16 with a bias."""
+def linear(
+    kernel, number: int, rows: int, weight: str, activation: str, is_full: bool, at: Machine
+) -> None:
+    """A tile of the table, by its number there; full: with all that may follow a linear."""
     x_fmt, w_fmt = FORMATS[activation], FORMATS[weight]
     scales, m = w_fmt.scale_shape((N, K)), rows or 1024
     packed = kernel.pack(
@@ -31,23 +33,37 @@ def linear(kernel, number: int, rows: int, weight: str, activation: str, at: Mac
         meta(*scales, dtype=torch.int32),
         w_fmt,
     )
-    x, bias = meta(m, K, dtype=x_fmt.dtype), meta(N, dtype=torch.float32)
     x_scale = None
     if x_fmt.scale is not None:
         x_scale = meta(1 if x_fmt.block == TENSOR else m, dtype=torch.float32)
-    tile, after = kernel.listed(m, w_fmt, at)[number], Epilogue(torch.bfloat16, bias)
+    after = everything(m) if is_full else Epilogue(torch.bfloat16, meta(N, dtype=torch.float32))
+    tile = kernel.listed(m, w_fmt, at)[number]
+    x = meta(m, K, dtype=x_fmt.dtype)
     kernel.launch(Call(x, x_scale, None, packed, x_fmt, w_fmt, N, after, tile))
+
+
+def everything(m: int) -> Epilogue:
+    """A bias, a residual, an activation, and codes for the next site."""
+    added = meta(m, N, dtype=torch.bfloat16), None, None
+    codes = FORMATS["uint8_tensor"], meta(dtype=torch.float32), meta(dtype=torch.int32)
+    return Epilogue(torch.bfloat16, meta(N, dtype=torch.float32), *added, "gelu", *codes)
 
 
 def linears(kernel, weight: str, activation: str, rows: tuple[int, ...] | None = None):
     """name -> case, of all tiles for these numbers of rows, or of all."""
     return {
         f"{kernel.NAME} {weight} {m or 'more'} {number}": partial(
-            linear, kernel, number, m, weight, activation
+            linear, kernel, number, m, weight, activation, False
         )
         for m in rows or kernel.TILES
         for number in range(len(kernel.TILES[m]))
     }
+
+
+def full(kernel, weight: str, activation: str):
+    """The largest tile that a linear with everything behind it takes."""
+    name = f"{kernel.NAME} {weight} more full"
+    return {name: partial(linear, kernel, 0, 0, weight, activation, True)}
 
 
 def split(kind: torch.dtype, machine: Machine) -> None:
@@ -67,14 +83,16 @@ def embedding(weight: str, machine: Machine) -> None:
 
 
 EVERYWHERE = {
-    **linears(triton_weight_only, "int4", "bfloat16"),
+    **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 64, 0)),
     **linears(triton_int4_int8, "int4_progressive", "int8", (16, 64, 0)),
+    **full(triton_weight_only, "int4_asym", "bfloat16"),
 }
 ON_SOME = {  # one architecture of each kind of tensor core
-    **linears(triton_weight_only, "int8", "bfloat16", (1, 0)),
-    **linears(triton_weight_only, "int4_asym", "bfloat16", (1, 16)),
+    **linears(triton_weight_only, "int4_asym", "bfloat16", (2, 4, 32)),
+    **linears(triton_weight_only, "int8", "bfloat16", (1,)),
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
-    **linears(triton_int4_int8, "int4_asym", "int8", (0,)),
+    **full(triton_weight_only, "int8", "bfloat16"),
+    **full(triton_int4_int8, "int4_asym", "int8"),
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
     **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import mpq_fx.kernels  # noqa: F401 - registers the ops
-from mpq_fx.formats import FORMATS
+from mpq_fx.formats import FORMATS, Format, Int
 from mpq_fx.kernels.embedding import triton as kernel
 from mpq_fx.numerics import Quantized, quantize
 from tests.kernels.tolerance import (
@@ -126,6 +126,8 @@ def test_refusals_say_why():
     assert not [*kernel.refuse(FORMATS["int4_g32"])]
     for name in ("bfloat16", "fp8_e4m3"):
         assert [*kernel.refuse(FORMATS[name])] == [f"{name} has no integer codes"]
+    (groups,) = kernel.refuse(Format("g24", Int(4), torch.float16, 24))
+    assert groups == "groups are multiples of 16 here, and those of g24 are 24"
 
 
 @fmts
