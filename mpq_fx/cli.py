@@ -248,11 +248,12 @@ def demo(quiet: bool, output: Path, quick: bool) -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--device", metavar="NAME", help="What a GPU that is not here could run: h100, …")
+def doctor(device: str | None) -> None:
     """Say what can run here and why the rest cannot; exit code 1 if something has to be fixed."""
     from mpq_fx.doctor import examine, printed
 
-    found = examine()
+    found = examine(device)
     printed(found)
     if found.problems:
         raise SystemExit(1)

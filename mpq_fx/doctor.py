@@ -42,10 +42,10 @@ class Examination:
     problems: tuple[str, ...]
 
 
-def examine() -> Examination:
-    """Look at everything that decides what mpq can do here."""
+def examine(device: str | None = None) -> Examination:
+    """Look at everything that decides what mpq can do here, or plan for a device by name."""
     versions = {name: _version(name) for name in PACKAGES}
-    machine, targets = _machine(), _targets()
+    machine, targets = _machine(), _targets(device)
     problems = [*torch_problems(versions["torch"])]
     if machine["generated C++"] == SCALAR:
         problems.append(NO_VECTORS)
@@ -106,12 +106,13 @@ def _print_target(console: Any, target: TargetFacts) -> None:
     console.print()
 
 
-def _targets() -> tuple[TargetFacts, ...]:
+def _targets(device: str | None) -> tuple[TargetFacts, ...]:
     from mpq_fx.passes import targets
     from mpq_fx.passes.lower.target import placed
     from mpq_fx.plugins import load
 
-    kernels = load("kernels")
+    kernels, known = load("kernels"), targets().values()
+    able = [t for t in known if t.on is not None or device is None]
     return tuple(
         TargetFacts(
             t.name,
@@ -120,7 +121,7 @@ def _targets() -> tuple[TargetFacts, ...]:
             {op: _examined(t, op) for op in t.choices} if not t.unavailable() else {},
             tuple(name for name, kernel in kernels.items() if kernel.target == t.name),
         )
-        for t in (placed(target, None) for target in targets().values())
+        for t in (placed(target, device) for target in able)
     )
 
 

@@ -195,9 +195,14 @@ def refuse(device: Device, site: Site, choice: Choice) -> Iterator[str]:
     if choice not in CHOICES.get(site.op, ()):
         yield f"{NAME} has no kernel for {site.op} in {choice}"
     elif is_for_kernels(site, choice) and kernel_of(site, choice, device) is None:
-        shape = shape_of_site(site, choice, device.machine)
-        for kernel in linear_kernels():
-            yield f"{kernel.name}: {'; '.join(kernel.refuse(shape))}"
+        yield from nearest_refusals(shape_of_site(site, choice, device.machine))
+
+
+def nearest_refusals(shape: Shape) -> list[str]:
+    """Of the kernels that have least against a linear: what the others lack is no news."""
+    reasons = {kernel.name: [*kernel.refuse(shape)] for kernel in linear_kernels()}
+    least = min(map(len, reasons.values()))
+    return [f"{name}: {'; '.join(own)}" for name, own in reasons.items() if len(own) == least]
 
 
 def is_for_kernels(site: Site, choice: Choice) -> bool:

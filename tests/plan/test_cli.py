@@ -320,6 +320,17 @@ def test_doctor_says_what_this_machine_refuses_and_why(run, monkeypatch):
     assert "uint8_tensor" not in conv.partition("int7")[0]
 
 
+def test_doctor_says_what_a_gpu_that_is_not_here_refuses(run):
+    shown = " ".join(run("doctor", "--device", "a100").stdout.split())
+    assert "architecture: sm_80" in shown
+    assert "not fp8_e4m3/dynamic:" in shown
+    assert "sm_80" in shown.partition("not fp8_e4m3/dynamic:")[2]
+    assert "not fp8_e4m3/dynamic:" not in run("doctor", "--device", "h100").stdout
+    unknown = run("doctor", "--device", "h10")
+    assert unknown.exit_code == 2
+    assert "h100" in unknown.output
+
+
 def test_doctor_fails_where_nothing_can_run(run, monkeypatch, capsys):
     found = Examination(
         {"torch": "9.9"},
@@ -327,7 +338,7 @@ def test_doctor_fails_where_nothing_can_run(run, monkeypatch, capsys):
         (TargetFacts("cpu", "no oneDNN in this PyTorch", {}, {}),),
         ("no target can run here",),
     )
-    monkeypatch.setattr("mpq_fx.doctor.examine", lambda: found)
+    monkeypatch.setattr("mpq_fx.doctor.examine", lambda device: found)
     assert run("doctor").exit_code == 1
     printed(found)
     shown = capsys.readouterr().out
