@@ -77,6 +77,7 @@ def done_by_number(number: int) -> dict[str, Any]:
 JOBS: list[offline.Job] = []  # of this process and those it forks
 
 if __name__ == "__main__":
-    JOBS.extend(job for job in offline.jobs_of(CASES) if job[1].architecture != "sm_86")
+    machines = [at for at in offline.MACHINES if at.architecture != "sm_86"]  # as on sm_80
+    JOBS.extend(offline.jobs_of(CASES, machines))
     with get_context("fork").Pool(2) as pool:
         json.dump(pool.map(done_by_number, range(len(JOBS)), chunksize=1), sys.stdout)
