@@ -67,9 +67,9 @@ def relax(form: Form, name: str, limits: Mapping[str, float]) -> Relaxation | No
     use = np.zeros((len(rows), *cost.shape))
     for r, row in enumerate(rows):
         use[r] = _padded(row.single, 0.0) / row.full
-    limits = np.array([(row.limit or 0) / row.full for row in rows])
-    unpayable = (use > limits[:, None, None]).any(axis=0)
-    arrays = Separable(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use), limits)
+    most = np.array([(row.limit or 0) / row.full for row in rows])
+    unpayable = (use > most[:, None, None]).any(axis=0)
+    arrays = Separable(np.where(unpayable, np.inf, cost), np.where(unpayable, 0.0, use), most)
     if not np.isfinite(arrays.cost.min(axis=1)).all():
         return None
     return in_units(_search(arrays), objective)
