@@ -199,7 +199,7 @@ class Format:
         """
         rows, rest = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
         k = math.prod(rest)
-        if self.progressive:
+        if self.progressive and self.scale:
             groups = self.progressive.groups(k)  # a byte for step and low each
             packed = groups * (self.progressive.block * self.stored_bits + 16)
             return rows * (packed + self.scale.itemsize * 8)

@@ -4,6 +4,9 @@ The rows that are looked up are gathered and widened in one pass: in float32, th
 out of range traps on the device, as in torch; the interpreter raises.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel has options besides its arguments, and constants are not what they are annotated as.
+
 from __future__ import annotations
 
 import math
@@ -13,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from mpq_fx.formats import TENSOR, Format, format_named
 from mpq_fx.kernels.triton_math import narrow
@@ -137,7 +141,7 @@ def launch(
     if y.numel() == 0:
         return y
     rows = packed.shape[0]
-    if triton.knobs.runtime.interpret:  # which leaves assertions out, and would read anything
+    if knobs.runtime.interpret:  # which leaves assertions out, and would read anything
         check(indices, rows)
     scales, zeros = (by_row(part, fmt, rows) for part in (scale, zero))
     run = math.gcd(fmt.block, SHARED) if fmt.block > 0 else SHARED

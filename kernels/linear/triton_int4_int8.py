@@ -11,6 +11,9 @@ is in 0 … 255, which is what the protective range of a progressive format is f
 exact.  After QServe (arXiv:2405.04532) and MixLLM (arXiv:2412.14590), as a reconstruction.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel has options besides its arguments, and constants are not what they are annotated as.
+
 from __future__ import annotations
 
 import math
@@ -26,7 +29,7 @@ from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes
-from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
+from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, machine
 from mpq_fx.numerics import in_groups, on_grid
 
@@ -38,8 +41,6 @@ TILES = {
     64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 128, 8, 8, 3), Tile(64, 64, 128, 8, 4, 3)),  # more
 }
-WAVES = 2  # programs for each multiprocessor that a split of K aims at
-SPLIT_STEPS = 4  # a program of a split takes at least so many steps along K
 LARGEST = (1 << 31) - 1  # of an int32 sum
 
 
@@ -105,15 +106,6 @@ def shared_bytes(tile: Tile) -> float:
     return tile.shared_bytes(1, 0.5) + tile.block_n * tile.block_k
 
 
-def divided(tile: Tile, m: int, n: int, k: int, at: Machine) -> Tile:
-    """The tile with K split over programs, where rows are few and programs would be too."""
-    if m > 64:
-        return tile
-    programs, steps = tile.count(m, n), -(-k // tile.block_k)
-    split = min(WAVES * at.processors // programs, steps // SPLIT_STEPS)
-    return replace(tile, split_k=1 << max(split, 1).bit_length() - 1)
-
-
 @triton.jit
 def int4_int8_kernel(
     x_ptr, x_scale_ptr, words_ptr, scale_ptr, low_ptr, step_ptr, y_ptr,
@@ -172,7 +164,7 @@ def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
     found = []
     for tile in TILES[next((rows for rows in TILES if m <= rows), 0)]:
         for width in (tile.block_n, tile.block_n * 2):
-            for split in (1, 2, 4, 8) if m <= 64 else (1,):
+            for split in (1, 2, 4, 8) if m <= MANY_ROWS else (1,):
                 for warps in (4, 8):
                     found.append(replace(tile, block_n=width, warps=warps, split_k=split))
     return tuple(t for t in dict.fromkeys(found) if shared_bytes(t) <= at.shared)

@@ -7,6 +7,9 @@ place of four words are neighbors along K: one shift and one mask give a vector 
 neighboring activations.  The codes that fill the last unit up are 0.
 """
 
+# pyright: reportOperatorIssue=false
+# In device code constants are annotated as tl.constexpr and are numbers.
+
 from __future__ import annotations
 
 import torch

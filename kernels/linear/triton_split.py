@@ -6,15 +6,33 @@ another order on every call, on which a sum of floats depends, and they would ne
 first.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel has options besides its arguments, and constants are not what they are annotated as.
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue, finish
+from mpq_fx.kernels.tile import Machine, Tile
 
+WAVES = 2  # programs for each multiprocessor that a split of K aims at
+SPLIT_STEPS = 4  # a program of a split takes at least so many steps along K
+MANY_ROWS = 64  # more give enough programs, and partial sums that take longer than weights
 BLOCK = 512  # 16 bytes of each part per thread
+
+
+def divided(tile: Tile, m: int, n: int, k: int, at: Machine) -> Tile:
+    """The tile with K split over programs, where rows are few and programs would be too."""
+    if m > MANY_ROWS:
+        return tile
+    programs, steps = tile.count(m, n), -(-k // tile.block_k)
+    split = min(WAVES * at.processors // programs, steps // SPLIT_STEPS)
+    return replace(tile, split_k=1 << max(split, 1).bit_length() - 1)
 
 
 @triton.jit

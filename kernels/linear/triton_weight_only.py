@@ -13,6 +13,9 @@ All three read one packed copy of the weight (`triton_packing`).  After MARLIN (
 and gemlite, as a reconstruction: layout and widening are made for Triton.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel has options besides its arguments, and constants are not what they are annotated as.
+
 from __future__ import annotations
 
 import math
@@ -23,12 +26,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from mpq_fx.formats import TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import pack_codes, unit_of, widened, widened_place
-from mpq_fx.kernels.linear.triton_split import add_parts, scaled, store_part
+from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, machine
 
 NAME = "weight_only_linear"
@@ -43,8 +47,6 @@ TILES = {
     64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 64, 8, 8, 3), Tile(64, 64, 64, 8, 4, 4)),  # more
 }
-WAVES = 2  # programs for each multiprocessor that a split of K aims at
-SPLIT_STEPS = 4  # a program of a split takes at least so many steps along K
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -103,15 +105,6 @@ def shared_bytes(tile: Tile, fmt: Format) -> float:
     """Loads on their way, and the weights of a step once more where tensor cores read them."""
     widened = tile.block_n * tile.block_k * 2
     return tile.shared_bytes(2, fmt.stored_bits / 8) + widened
-
-
-def divided(tile: Tile, m: int, n: int, k: int, at: Machine) -> Tile:
-    """The tile with K split over programs, where rows are few and programs would be too."""
-    programs, steps = tile.count(m, n), -(-k // tile.block_k)
-    if m > 64:
-        return tile
-    split = min(WAVES * at.processors // programs, steps // SPLIT_STEPS)
-    return replace(tile, split_k=1 << max(split, 1).bit_length() - 1)
 
 
 @triton.jit
@@ -231,7 +224,7 @@ def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
     found = []
     for tile in TILES[next((rows for rows in TILES if m <= rows), 0)]:
         for n_factor in (1, 2):
-            for split in (1, 2, 4, 8) if m <= 64 else (1,):
+            for split in (1, 2, 4, 8) if m <= MANY_ROWS else (1,):
                 for warps in (4, 8):
                     width = tile.block_n * n_factor
                     found.append(replace(tile, block_n=width, warps=warps, split_k=split))
@@ -265,7 +258,7 @@ def launch(call: Call) -> Tensor:
         grid = (tiles[1], cut.split_k, tiles[0])
         gemv_kernel[grid](*sizes[0], **sizes[1], **strides, **constants, **after)
     else:
-        operand = tl.float32 if triton.knobs.runtime.interpret else FLOATS[x.dtype]
+        operand = tl.float32 if knobs.runtime.interpret else FLOATS[x.dtype]
         constants |= {"OPERAND": operand, "GROUP_M": cut.group_m, "IS_EVEN": k % cut.block_k == 0}
         grid = (tiles[0] * tiles[1], cut.split_k)
         gemm_kernel[grid](*sizes[0], **sizes[1], **strides, **constants, **after)

@@ -12,7 +12,7 @@ from mpq_fx.kernels.embedding import triton as triton_embedding
 from mpq_fx.kernels.linear import triton_int4_int8, triton_split, triton_weight_only
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call
-from mpq_fx.kernels.tile import Machine
+from mpq_fx.kernels.tile import Machine, Tile
 
 N, K = 4096, 4096
 
@@ -25,10 +25,26 @@ def linear(
     kernel, number: int, rows: int, weight: str, activation: str, is_full: bool, at: Machine
 ) -> None:
     """A tile of the table, by its number there; full: with all that may follow a linear."""
-    x_fmt, w_fmt = FORMATS[activation], FORMATS[weight]
-    scales, m = w_fmt.scale_shape((N, K)), rows or 1024
+    w_fmt, m = FORMATS[weight], rows or 1024
+    after = everything(m) if is_full else Epilogue(torch.bfloat16, meta(N, dtype=torch.float32))
+    tile = kernel.listed(m, w_fmt, at)[number]
+    launch(kernel, (m, N, K), weight, activation, after, tile)
+
+
+def ragged(kernel, m: int, weight: str, activation: str, at: Machine) -> None:
+    """Sizes that no tile divides, nor 16."""
+    n, k = 1001, 1003
+    tile = kernel.tile(m, n, k, FORMATS[weight], at)
+    launch(kernel, (m, n, k), weight, activation, Epilogue(torch.float32), tile)
+
+
+def launch(
+    kernel, sizes: tuple[int, int, int], weight: str, activation: str, after: Epilogue, tile: Tile
+) -> None:
+    (m, n, k), x_fmt, w_fmt = sizes, FORMATS[activation], FORMATS[weight]
+    scales = w_fmt.scale_shape((n, k))
     packed = kernel.pack(
-        meta(N, K, dtype=w_fmt.dtype),
+        meta(n, k, dtype=w_fmt.dtype),
         meta(*scales, dtype=w_fmt.scale),
         meta(*scales, dtype=torch.int32),
         w_fmt,
@@ -36,10 +52,8 @@ def linear(
     x_scale = None
     if x_fmt.scale is not None:
         x_scale = meta(1 if x_fmt.block == TENSOR else m, dtype=torch.float32)
-    after = everything(m) if is_full else Epilogue(torch.bfloat16, meta(N, dtype=torch.float32))
-    tile = kernel.listed(m, w_fmt, at)[number]
-    x = meta(m, K, dtype=x_fmt.dtype)
-    kernel.launch(Call(x, x_scale, None, packed, x_fmt, w_fmt, N, after, tile))
+    x = meta(m, k, dtype=x_fmt.dtype)
+    kernel.launch(Call(x, x_scale, None, packed, x_fmt, w_fmt, n, after, tile))
 
 
 def everything(m: int) -> Epilogue:
@@ -83,16 +97,20 @@ def embedding(weight: str, machine: Machine) -> None:
 
 
 EVERYWHERE = {
-    **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 64, 0)),
-    **linears(triton_int4_int8, "int4_progressive", "int8", (16, 64, 0)),
+    **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 0)),
+    **linears(triton_int4_int8, "int4_progressive", "int8", (16, 0)),
     **full(triton_weight_only, "int4_asym", "bfloat16"),
 }
 ON_SOME = {  # one architecture of each kind of tensor core
-    **linears(triton_weight_only, "int4_asym", "bfloat16", (2, 4, 32)),
+    **linears(triton_weight_only, "int4_asym", "bfloat16", (2, 4, 32, 64)),
+    **linears(triton_int4_int8, "int4_progressive", "int8", (64,)),
     **linears(triton_weight_only, "int8", "bfloat16", (1,)),
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
     **full(triton_weight_only, "int8", "bfloat16"),
     **full(triton_int4_int8, "int4_asym", "int8"),
+    "ragged 1": partial(ragged, triton_weight_only, 1, "int4_asym", "bfloat16"),
+    "ragged 17": partial(ragged, triton_weight_only, 17, "int4_asym", "bfloat16"),
+    "ragged 17 int8": partial(ragged, triton_int4_int8, 17, "int4_asym", "int8"),
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
     **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},

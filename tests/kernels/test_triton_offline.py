@@ -103,6 +103,8 @@ def test_tensor_cores_multiply_where_there_are_rows_for_them(facts):
 
 def test_weights_are_read_by_sixteen_bytes(facts):
     for fact in facts:
+        if "ragged" in fact["case"]:  # a row of such an x begins anywhere
+            continue
         loads = [name for name in fact["instructions"] if name.startswith(("LDG.", "LDGSTS."))]
         if "int4_g32 more" in fact["case"]:  # 32 codes of a row are all that a step has
             assert any(name.endswith(".64") for name in loads), fact
