@@ -183,10 +183,14 @@ def kernel_calls(layer: Layer, rows: int, device: Device, at: torch.device) -> I
 
 def checked(kernel: Any, call: Any, given: Operands) -> tuple[float, float]:
     """(relative RMS error of the float32 result, what rounding explains); SystemExit above it."""
+    from mpq_fx.kernels.linear.triton_linear import in_tuned_tile
+
     exact = replace(call, epilogue=replace(call.epilogue, dtype=torch.float32, bias=given.bias))
     rows = torch.linspace(0, len(call.x) - 1, min(len(call.x), CHECKED)).long().to(call.x.device)
     right = reference(given, rows).double()
-    error = float((kernel.launch(exact)[rows].double() - right).norm() / right.norm())
+    error = float(
+        (kernel.launch(in_tuned_tile(kernel, exact))[rows].double() - right).norm() / right.norm()
+    )
     limit = (1 + call.x.shape[1] ** 0.5) * 2.0**-24
     if not error <= limit:
         raise SystemExit(
@@ -240,11 +244,13 @@ def running(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], An
 
 def compare(layer: Layer, rows: int, device: Device, at: torch.device, time: Timer) -> list[Timed]:
     """Every variant of one layer, by turns."""
+    from mpq_fx.kernels.linear.triton_linear import in_tuned_tile
+
     calls = running(baselines(layer, rows, at, "float8" in device.peak))
     about: dict[str, dict[str, Any]] = {}
     for choice, kernel, call, given in kernel_calls(layer, rows, device, at):
         error, limit = checked(kernel, call, given)
-        calls[choice.name] = partial(kernel.launch, call)
+        calls[choice.name] = partial(kernel.launch, in_tuned_tile(kernel, call))
         facts = {"kernel": kernel.name, "bytes": moved(call), "error": error, "limit": limit}
         about[choice.name] = facts
     turns = [{name: time(call) for name, call in calls.items()} for _ in range(ROUNDS)]
@@ -287,7 +293,7 @@ def copy_bandwidth(at: torch.device, time: Timer, numel: int = 1 << 28) -> float
 
 def search(layers: Sequence[Layer], rows: Sequence[int], device: Device, at: torch.device) -> int:
     """Time the tiles that each kernel proposes; the best of each shape goes to its tuned.json."""
-    from mpq_fx.kernels.tile import key, save
+    from mpq_fx.kernels.linear.triton_linear import keep_tile
 
     found = 0
     for layer in layers:
@@ -297,7 +303,7 @@ def search(layers: Sequence[Layer], rows: Sequence[int], device: Device, at: tor
                 cut = [replace(call, tile=tile) for tile in tiles]
                 times = {c.tile: microseconds(partial(kernel.launch, c)) for c in cut}
                 best = min(times, key=lambda tile: times[tile])
-                save(kernel.tuned, kernel.name, {key(device.machine, m, layer.n, layer.k): best})
+                keep_tile(kernel, call, best)
                 found += 1
     return found
 

@@ -17,7 +17,6 @@ Triton 3.7 has sm_90 and sm_100 multiply in float16, exactly: there a weight's b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import triton
@@ -35,14 +34,11 @@ from mpq_fx.kernels.tile import (
     around,
     filling,
     fitting,
-    key,
     machine,
     roomy,
-    tuned,
 )
 
 NAME = "float8_linear"
-TUNED = Path(__file__).with_name("tuned.json")
 LONGEST = 128  # of a sum in a tensor core: BLOCK_K at most
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program.
 TILES = {
@@ -83,10 +79,7 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
 
 
 def tile(m: int, n: int, k: int, at: Machine, *, is_plain: bool) -> Tile:
-    """What was tuned for this shape, else by the table."""
-    found = tuned(TUNED, NAME, key(at, m, n, k))
-    if found is not None and kept([found], at, is_plain=is_plain):
-        return found
+    """By the table: the largest that gives every processor a program."""
     return filling(listed(m, at, is_plain=is_plain), at, m, n)
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import triton
@@ -31,11 +30,10 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import in_bytes, pack_bytes
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
-from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
+from mpq_fx.kernels.tile import Machine, Tile, filling, machine
 from mpq_fx.numerics import in_groups, on_grid
 
 NAME = "int4_int8_linear"
-TUNED = Path(__file__).with_name("tuned.json")
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program
 TILES = {
     16: (Tile(16, 64, 128, 1, 4, 4), Tile(16, 32, 128, 1, 4, 4)),
@@ -82,11 +80,7 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
 
 
 def tile(m: int, n: int, k: int, fmt: Format, at: Machine) -> Tile:
-    """What was tuned for this shape, else by the table: its K within a group, and split until the
-    device is full.
-    """
-    if found := tuned(TUNED, f"{NAME} {fmt}", key(at, m, n, k)):
-        return found
+    """By the table: its K within a group, and split until the device is full."""
     return divided(filling(listed(m, fmt, at), at, m, n), m, n, k, at)
 
 

@@ -5,10 +5,11 @@ packed beside it.  uint8 codes are read as int8 ones, 128 lower, since a tensor 
 operands of one signedness, and so is their zero point.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton's own types know neither what a launch takes besides nor what device functions return.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import triton
@@ -18,10 +19,9 @@ from torch import Tensor
 from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
-from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, key, machine, roomy, tuned
+from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, machine, roomy
 
 NAME = "int8_linear"
-TUNED = Path(__file__).with_name("tuned.json")
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program.
 TILES = {
     16: (Tile(16, 64, 256, 1, 4, 4), Tile(16, 32, 256, 1, 4, 4), Tile(16, 16, 256, 1, 2, 4)),
@@ -57,10 +57,7 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
 
 
 def tile(m: int, n: int, k: int, at: Machine, *, is_plain: bool) -> Tile:
-    """What was tuned for this shape, else by the table."""
-    found = tuned(TUNED, NAME, key(at, m, n, k))
-    if found is not None and (is_plain or roomy([found])):
-        return found
+    """By the table: the largest that gives every processor a program."""
     tiles = listed(m, at)
     return filling(tiles if is_plain else roomy(tiles), at, m, n)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from mpq_fx.formats import Format, format_named
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
-from mpq_fx.kernels.tile import Machine, Tile
+from mpq_fx.kernels.tile import Machine, Tile, key, machine, roomy, save, tuned
 
 NAMESPACE = "mpq_triton"
+TUNED = Path(__file__).with_name("tuned.json")  # tiles that were searched, for every kernel here
 PACK = "(Tensor w, Tensor scale, Tensor zero, str fmt) -> Tensor[]"
 LINEAR = (
     "(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor[] packed, Tensor? bias, "
@@ -77,6 +79,24 @@ class LinearKernel:
     configurations: Callable[[int, int, int, Machine], tuple[Tile, ...]]
 
 
+def in_tuned_tile(kernel: LinearKernel, call: Call) -> Call:
+    """The call in the tile that a search found for its shape, if that leaves room for what follows
+    the sums: a search has only a bias there.
+    """
+    m, k = call.x.shape
+    at = key(machine(call.x.device), m, call.n, k)
+    found = tuned(TUNED, f"{kernel.name} {call.w_fmt}", at)
+    is_fit = found is not None and (call.epilogue.is_plain or roomy([found]))
+    return replace(call, tile=found) if is_fit else call
+
+
+def keep_tile(kernel: LinearKernel, call: Call, tile: Tile) -> None:
+    """From now on what calls of this shape run in."""
+    m, k = call.x.shape
+    at = key(machine(call.x.device), m, call.n, k)
+    save(TUNED, f"{kernel.name} {call.w_fmt}", {at: tile})
+
+
 def define(kernel: LinearKernel) -> LinearKernel:
     """The kernel, whose ops torch knows from now on."""
 
@@ -85,8 +105,9 @@ def define(kernel: LinearKernel) -> LinearKernel:
 
     def linear(x: Tensor, *args: Any) -> Tensor:
         call = call_of(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *args)
-        y = kernel.launch(call) if call.x.shape[0] and call.n else call.empty()
-        return y.view(*x.shape[:-1], call.n)
+        if not call.x.shape[0] or not call.n:
+            return call.empty().view(*x.shape[:-1], call.n)
+        return kernel.launch(in_tuned_tile(kernel, call)).view(*x.shape[:-1], call.n)
 
     def fake(x: Tensor, *args: Any) -> Tensor:
         call = call_of(x, *args)

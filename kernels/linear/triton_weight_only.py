@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import triton
@@ -34,10 +33,9 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_packing import pack_codes, unit_of, widened, widened_place
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
-from mpq_fx.kernels.tile import Machine, Tile, filling, key, machine, tuned
+from mpq_fx.kernels.tile import Machine, Tile, filling, machine
 
 NAME = "weight_only_linear"
-TUNED = Path(__file__).with_name("tuned.json")
 FEW_ROWS = 4  # up to here without tensor cores, whose smallest tile has 16 rows
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program
 TILES = {
@@ -76,11 +74,7 @@ def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, .
 
 
 def tile(m: int, n: int, k: int, fmt: Format, at: Machine) -> Tile:
-    """What was tuned for this shape, else by the table: its K within a group, and split until the
-    device is full.
-    """
-    if found := tuned(TUNED, f"{NAME} {fmt}", key(at, m, n, k)):
-        return found
+    """By the table: its K within a group, and split until the device is full."""
     return divided(filling(listed(m, fmt, at), at, m, n), m, n, k, at)
 
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import register_fake, triton_op, wrap_triton
 
 from mpq_fx.formats import TENSOR, Format, format_named
 from mpq_fx.kernels.triton_math import activate, bounds, encode, narrow, scale_and_zero
@@ -200,8 +200,8 @@ def launch_dynamic(
     beside = rows if up is None else rows_of(up)
     count, k = rows.shape
     groups, length = fmt.groups(k), fmt.block or k
-    block = min(power_of_two(min(length, k)), LONGEST)
-    is_whole = length <= block
+    block = power_of_two(min(length, k) if isinstance(k, int) else length)
+    is_whole = block <= LONGEST
     if not is_whole:
         block = TILE
     tile = {"BLOCK_M": max(1, TILE // block), "BLOCK_K": block, "IS_WHOLE": is_whole}
@@ -226,7 +226,10 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def power_of_two(k: int) -> int:
-    return triton.next_power_of_2(max(k, 1))
+    """The next one, at least 1; of a symbolic size one that fits no tile, so that any size may."""
+    if not isinstance(k, int):
+        return 2 * LONGEST
+    return 1 << max(k - 1, 0).bit_length()
 
 
 def empty_codes(x: Tensor, fmt: Format) -> Tensor:
@@ -239,28 +242,28 @@ def empty_scales(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-# The fakes of triton_op would trace the launch, which an interpreted kernel does not allow.
+# The fake of a triton_op would trace its launch, which an interpreted kernel does not allow.
 
 
-@quantize.register_fake
+@register_fake("mpq_triton::quantize")
 def _(x: Tensor, scale: Tensor, zero: Tensor, fmt: str) -> Tensor:
     return empty_codes(x, format_named(fmt))
 
 
-@quantize_dynamic.register_fake
+@register_fake("mpq_triton::quantize_dynamic")
 def _(x: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     named = format_named(fmt)
     return empty_codes(x, named), *empty_scales(x, named)
 
 
-@activation_quantize.register_fake
+@register_fake("mpq_triton::activation_quantize")
 def _(
     x: Tensor, up: Tensor | None, scale: Tensor, zero: Tensor, activation: str, fmt: str
 ) -> Tensor:
     return empty_codes(x, format_named(fmt))
 
 
-@activation_quantize_dynamic.register_fake
+@register_fake("mpq_triton::activation_quantize_dynamic")
 def _(x: Tensor, up: Tensor | None, activation: str, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     named = format_named(fmt)
     return empty_codes(x, named), *empty_scales(x, named)

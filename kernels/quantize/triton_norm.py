@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import register_fake, triton_op, wrap_triton
 
 from mpq_fx.formats import ROW, Format, format_named
 from mpq_fx.kernels.quantize.triton import (
@@ -142,7 +142,7 @@ def launch(
     )
 
 
-@norm_quantize.register_fake
+@register_fake("mpq_triton::norm_quantize")
 def _(
     x: Tensor,
     weight: Tensor | None,
@@ -156,7 +156,7 @@ def _(
     return empty_codes(x, format_named(fmt))
 
 
-@norm_quantize_dynamic.register_fake
+@register_fake("mpq_triton::norm_quantize_dynamic")
 def _(
     x: Tensor,
     weight: Tensor | None,

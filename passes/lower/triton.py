@@ -27,7 +27,13 @@ from mpq_fx.kernels.tile import Machine, machine
 from mpq_fx.passes.lower.kernel import choose
 from mpq_fx.passes.lower.reference import compile_eager
 from mpq_fx.passes.lower.target import Compiled, Lowered, Target
-from mpq_fx.passes.lower.triton_device import ASSUMED, DEVICES, Device, device_named, roofline
+from mpq_fx.passes.lower.triton_device import (
+    ASSUMED,
+    Device,
+    device_called,
+    device_named,
+    roofline,
+)
 
 if TYPE_CHECKING:
     from mpq_fx.kernels.linear.triton_linear import LinearKernel, Shape
@@ -108,10 +114,9 @@ def device_at_hand() -> Device | None:
     """The GPU here, with its datasheet if that is known; None in the interpreter."""
     if is_interpreted() or not torch.cuda.is_available():
         return None
-    words = torch.cuda.get_device_name().lower().replace(" ", "")
-    known = next((device for name, device in DEVICES.items() if name in words), None)
-    found = machine(torch.device("cuda"))
-    return replace(known, machine=found) if known else Device(words, found)
+    name = torch.cuda.get_device_name()
+    device = device_called(name) or Device(name, machine(torch.device("cuda")))
+    return replace(device, machine=machine(torch.device("cuda")))
 
 
 def on(name: str | None = None) -> Target:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import TENSOR, Float, Format, format_named
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
-from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel
+from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, in_tuned_tile
 from mpq_fx.passes.lower import aten_cost
 from mpq_fx.passes.lower.triton_device import LAUNCH, Device, moving, numel
 
@@ -37,7 +37,7 @@ def measured(site: Site, choice: Choice, kernel: LinearKernel | None) -> float:
     with torch.inference_mode(False), torch.no_grad(), torch.device("cuda"):
         if kernel is not None:
             call = call_of(site, choice, kernel)
-            return milliseconds(lambda: kernel.launch(call))
+            return milliseconds(lambda: kernel.launch(in_tuned_tile(kernel, call)))
         shape = [int(size) for size in site.input_shape]
         x = None if site.op == "embedding" else torch.randn(shape)
         return milliseconds(FLOATS[site.op](site, choice, x))
@@ -47,7 +47,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
     """Median by CUDA events, with a cold L2 cache."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, rep=MS, return_mode="median"))
+    return do_bench(call, rep=MS, return_mode="median")  # type: ignore[return-value]
 
 
 def call_of(site: Site, choice: Choice, kernel: LinearKernel) -> Call:

@@ -62,6 +62,12 @@ def device_named(name: str) -> Device:
     return DEVICES[name]
 
 
+def device_called(words: str) -> Device | None:
+    """By what CUDA calls it: "NVIDIA GeForce RTX 4090"; None where no datasheet is known."""
+    names = words.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    return next((device for name, device in DEVICES.items() if name in names), None)
+
+
 def roofline(site: Site, choice: Choice, device: Device) -> float:
     """ms of one site: all of its operations, and each of its operands read or written once."""
     computing = 2e-12 * operations(site) / device.peak[arithmetic(choice)]

@@ -31,12 +31,15 @@ class Norm:
 
 
 def norm_of(node: Node) -> Norm | None:
+    given: tuple[Any, ...]
     if node.target is aten.layer_norm.default:
         x, shape, *rest = arguments(node)
-        weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+        given = (*rest, *(None, None, 1e-5)[len(rest) :])
+        weight, bias, eps = given[:3]
         return _last(Norm(x, weight, bias, float(eps), True), shape)
     if node.target is aten.rms_norm.default:
-        x, shape, weight, eps = (*arguments(node), None, None)[:4]
+        given = (*arguments(node), None, None)
+        x, shape, weight, eps = given[:4]
         eps = torch.finfo(value(x).dtype).eps if eps is None else eps
         return _last(Norm(x, weight, None, float(eps), False), shape)
     return _spelled_out(node)

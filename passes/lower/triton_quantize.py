@@ -58,7 +58,9 @@ def _kernel(target: str, find: Find | None, *, is_static: bool) -> Kernel:
         if find is not None and made is None:
             yield "nothing that it knows makes x for this quantization alone"
         if made and made.name == NORM:
-            yield from triton_norm.refuse(fmt, value(node.args[0]).shape[-1], is_static=is_static)
+            yield from triton_norm.refuse(
+                fmt, value(arguments(node)[0]).shape[-1], is_static=is_static
+            )
 
     def lower(gm: GraphModule, node: Node) -> Node:
         x, *scales, fmt = arguments(node)
@@ -83,7 +85,7 @@ def activation_of(node: Node) -> Producer | None:
         return Producer(ACTIVATION, (node.args[0], None), ("gelu_tanh" if is_tanh else "gelu",))
     if node.target is not aten.mul.Tensor or not is_like(node, *node.args):
         return None
-    gate, up = sorted(node.args, key=is_silu, reverse=True)
+    gate, up = sorted(arguments(node), key=is_silu, reverse=True)
     if is_silu(gate):
         return Producer(ACTIVATION, (arguments(gate)[0], up), ("silu",))
     return Producer(ACTIVATION, (gate, up), ("none",))

@@ -16,11 +16,11 @@ import mpq_fx.kernels  # noqa: F401 - registers the ops
 from mpq_fx.errors import ConfigError
 from mpq_fx.formats import FORMATS
 from mpq_fx.kernels import tile as tiles
-from mpq_fx.kernels.linear import triton_int8
+from mpq_fx.kernels.linear import triton_int8, triton_linear
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_int8 import INT8, TILES
 from mpq_fx.kernels.linear.triton_linear import Call, Shape, call_of
-from mpq_fx.kernels.tile import Machine, Tile
+from mpq_fx.kernels.tile import Tile
 from mpq_fx.numerics import Quantized, quantize, relative_rms
 from mpq_fx.passes.lower.triton_device import DEVICES
 from tests.kernels.tolerance import (
@@ -265,22 +265,44 @@ def test_a_small_matmul_is_cut_finely_and_a_large_one_coarsely():
 
 
 def test_a_tuned_tile_is_taken_for_its_shape_alone(tmp_path, monkeypatch):
-    path, here = tmp_path / "tuned.json", Machine("sm_90", 132, 1 << 18)
-    monkeypatch.setattr(triton_int8, "TUNED", path)
-    mine = Tile(64, 64, 64, 4, 8, 5)
-    before = triton_int8.tile(100, 64, 64, here, is_plain=True)
-    tiles.save(path, triton_int8.NAME, {tiles.key(here, 100, 64, 64): mine})
-    tiles.save(path, triton_int8.NAME, {tiles.key(here, 100, 128, 64): SMALL})
-    assert triton_int8.tile(128, 64, 64, here, is_plain=True) == mine != before
-    assert triton_int8.tile(129, 64, 64, here, is_plain=True) != mine
-    assert triton_int8.tile(100, 128, 64, here, is_plain=True) == SMALL
-    wide = Tile(128, 256, 128, 8, 8, 3)
-    tiles.save(path, triton_int8.NAME, {tiles.key(here, 100, 64, 64): wide})
-    assert triton_int8.tile(100, 64, 64, here, is_plain=False).values <= tiles.ROOMY
-    path.write_text(json.dumps({"int8_linear": {"x": {"block": 1}}}))
+    monkeypatch.setattr(triton_linear, "TUNED", tmp_path / "tuned.json")
+    int8 = FORMATS["int8"]
+
+    def call(m, n, k, fmt=int8, **after) -> Call:
+        x, codes = torch.ones(m, k, device=DEVICE), torch.ones(n, k, device=DEVICE)
+        epilogue = Epilogue(torch.float32, **after)
+        return Call(x, None, None, (codes,), int8, fmt, n, epilogue)
+
+    def tile(*sizes, **given) -> Tile | None:
+        return triton_linear.in_tuned_tile(INT8, call(*sizes, **given)).tile
+
+    mine, wide = Tile(64, 64, 64, 4, 8, 5), Tile(128, 256, 128, 8, 8, 3)
+    triton_linear.keep_tile(INT8, call(100, 64, 64), mine)
+    triton_linear.keep_tile(INT8, call(100, 128, 64), wide)
+    assert tile(128, 64, 64) == mine, "rows up to a power of two share a tile"
+    assert tile(129, 64, 64) is tile(100, 64, 128) is tile(100, 64, 64, fmt=FORMATS["int4"]) is None
+    assert tile(100, 128, 64) == wide
+    assert tile(100, 128, 64, activation="gelu") is None, "it leaves no registers for that"
+    assert tile(100, 64, 64, activation="gelu") == mine
+    (tmp_path / "tuned.json").write_text(json.dumps({"int8_linear int8": {"x": {"block": 1}}}))
     tiles.forget()
     with pytest.raises(ConfigError, match="holds no tiles"):
-        triton_int8.tile(100, 64, 64, here, is_plain=True)
+        tile(100, 64, 64)
+
+
+def test_a_call_runs_in_its_tuned_tile(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_linear, "TUNED", tmp_path / "tuned.json")
+    seen, launch = [], INT8.launch
+    x, w = sample(4, 5, 70, FORMATS["int8"])
+    args = arguments(x, w, FORMATS["int8"])
+    want = mpq_triton.int8_linear(*args)
+    codes, *rest = args[0].reshape(4, 70), *args[1:]
+    call = triton_linear.call_of(codes, *rest)
+    triton_linear.keep_tile(INT8, call, SMALL)
+    kernel = replace(INT8, launch=lambda call: seen.append(call.tile) or launch(call))
+    got = kernel.launch(triton_linear.in_tuned_tile(kernel, call))
+    assert seen == [SMALL]
+    assert torch.equal(got, want)
 
 
 def test_the_op_keeps_its_contract():

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import mpq_fx
 from mpq_fx.api import call
+from mpq_fx.build import beside
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice
 from mpq_fx.graph import ops
@@ -121,6 +122,31 @@ def test_a_residual_is_added_in_the_kernel(isolated, choice):
     assert callees(found).endswith("int8_linear layer_norm")
     assert " add" not in callees(found)
     assert found.error() <= 1e-6
+
+
+class Broadcast(nn.Module):
+    """Sums and products of other shapes than a residual and a norm's weight have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.row = nn.Linear(24, 24), nn.Parameter(torch.randn(5, 24))
+
+    def forward(self, x):
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.linear(self.row * y) + self.row
+
+
+def test_what_has_another_shape_is_neither_a_residual_nor_the_weight_of_a_norm(isolated):
+    found = lowered(Broadcast(), torch.randn(3, 5, 24), DYNAMIC)
+    assert callees(found).endswith("mul mul quantize_dynamic int8_linear add")
+    assert found.error() <= 1e-6
+
+
+def test_scales_go_to_the_device_of_the_weights():
+    scale, zero = torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)
+    weights = {"w": torch.empty(2, 2, device="meta")}
+    ((there, also),) = beside({("site", "uint8_tensor"): (scale, zero)}, weights).values()
+    assert (there.device.type, also.device.type) == ("meta", "meta")
 
 
 def test_weights_are_packed_once_and_refreshed_in_place(isolated):

@@ -22,7 +22,7 @@ from mpq_fx.passes.lower import triton
 from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.passes.lower.target import available
-from mpq_fx.passes.lower.triton_device import DEVICES, LAUNCH, roofline
+from mpq_fx.passes.lower.triton_device import DEVICES, LAUNCH, device_called, roofline
 from mpq_fx.registry import bindings_of
 from tests.lowered import Lowered
 
@@ -74,6 +74,24 @@ def test_a_predicted_plan_is_measured_where_the_device_is(isolated, monkeypatch,
     assert list(tmp_path.iterdir()), "what was measured is kept"
 
 
+def test_how_another_target_compiled_a_plan_means_nothing_here(isolated, monkeypatch):
+    net, batches, modes = net_of(), [torch.randn(16, 24) for _ in range(3)], []
+    config = mpq_fx.Config(target="triton", device="h100", tolerance=0.05)
+    plan = mpq_fx.tune(net, batches, config=config, progress=False)
+    ledger = tuple(replace(row, mode="int8 templates") for row in plan.ledger)
+    target = triton.on("h100")
+
+    def compile_in(gm, inputs, mode):
+        modes.append(mode)
+        return target.compile(gm, inputs, mode)
+
+    monkeypatch.setattr(passes, "TARGETS", (replace(target, on=None, compile=compile_in),))
+    moved = replace(plan, target="cpu", ledger=ledger)
+    with torch.inference_mode():
+        mpq_fx.apply(net, moved, config=mpq_fx.Config(target="triton"))(batches[0])
+    assert modes == [""]
+
+
 def test_without_interpreter_and_gpu_a_named_device_is_planned_on_the_reference(
     isolated, monkeypatch
 ):
@@ -119,6 +137,22 @@ def test_auto_takes_a_target_that_computes_where_the_model_is(monkeypatch):
     assert [target.name for target in TARGETS] == ["cpu", "triton", "reference"]
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpu_at_hand_is_known_by_its_name(words, name):
+    found = device_called(words)
+    assert (found and found.name) == name
+
+
 def site(m=64, n=4096, k=4096, op="linear", **facts) -> Site:
     return Site(op, op, op, input_shape=(m, k), weight_shape=(n, k), macs=m * n * k, **facts)
 
@@ -133,6 +167,8 @@ def test_a_roofline_is_bound_by_memory_for_few_rows_and_by_arithmetic_for_many()
             fast, slow = (roofline(site(m), c, device) for c in (DYNAMIC, BF16))
             if device.name != "b200" or m < 8192:
                 assert fast < slow, (m, device.name)
+    once = replace(site(64), input_shape=(1, 4096))
+    assert roofline(once, BF16, h100) == roofline(site(1), BF16, h100), "the rows of this call"
     h200 = DEVICES["h200"]
     assert roofline(site(1), BF16, h200) < roofline(site(1), BF16, h100)
     assert roofline(site(8192), BF16, h200) == roofline(site(8192), BF16, h100)
