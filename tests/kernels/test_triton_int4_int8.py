@@ -244,6 +244,7 @@ def test_refusals_say_why():
     for x in ("int8_asym", "bfloat16", "uint8_tensor"):
         assert f"no zero point here, not {x}" in said(x, TWO_LEVELS)[0]
     assert "may overflow" in said("int8", TWO_LEVELS, 200_000)[0]
+    assert said("int8", FORMATS["int4"], 200_000) == [], "a group has a sum of its own"
 
 
 @fmts
