@@ -79,6 +79,8 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
     if any(format_named(name).has_float_codes for name in (choice.weight, choice.activation)):
         yield "this CPU multiplies no 8-bit floats; int8 takes as many bytes"
         return
+    if choice.scaling == "dynamic" and choice != DYNAMIC:
+        yield f"with dynamic scales there is a kernel for {DYNAMIC} only"
     integer = choice.scaling != "none"
     if integer and not cpu.has("vnni") and choice.activation != "int7_tensor":
         yield "int8 × int8 saturates silently on a CPU without VNNI; int7 activations do not"

@@ -130,6 +130,19 @@ def test_every_constant_follows_its_weight(isolated, x, choice):
     assert made.error() <= LIMIT
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [Choice("int8", "int8_asym", "dynamic"), Choice("int4", "int8", "dynamic")],
+    ids=str,
+)
+def test_a_dynamic_choice_of_another_target_is_refused_before_it_is_lowered(choice):
+    """Its zero points, or its scales of groups, would be left out, and plans come from anywhere."""
+    site = find_site()
+    assert list(ONEDNN.refuse(site, choice)) == [
+        "with dynamic scales there is a kernel for int8/dynamic only"
+    ]
+
+
 def test_an_int8_choice_is_refused_where_it_would_saturate(monkeypatch):
     site = find_site()
     monkeypatch.setattr(cpu, "has", lambda name: name in ("avx2", "avx512"))

@@ -195,5 +195,7 @@ def test_one_by_one_a_cancelling_pair_is_out_of_reach_unless_its_first_is_allowe
         ("measured", CHEAP_THIRD, 0.6, ("3",)),  # no sum of singles but this one is allowed
     ],
 )
-def test_under_a_tolerance_the_default_search_needs_pairs_or_what_plans_tell(metric, case, limit, found):
+def test_under_a_tolerance_the_default_search_needs_pairs_or_what_plans_tell(
+    metric, case, limit, found
+):
     assert Planted(*case).found("solver", metric, limit) in found
