@@ -79,6 +79,15 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
     if any(format_named(name).has_float_codes for name in (choice.weight, choice.activation)):
         yield "this CPU multiplies no 8-bit floats; int8 takes as many bytes"
         return
+    yield from refuse_integers(choice)
+    if site.op == "linear" and choice in weight_only.CHOICES:
+        yield from weight_only.refuse(site, choice)
+    if choice.weight == "bfloat16" and not cpu.has("avx512"):
+        yield "bfloat16 is emulated on a CPU without AVX-512"
+
+
+def refuse_integers(choice: Choice) -> Iterator[str]:
+    """Why integers by integers are not multiplied, or not exactly."""
     if choice.scaling == "dynamic" and choice != DYNAMIC:
         yield f"with dynamic scales there is a kernel for {DYNAMIC} only"
     integer = choice.scaling != "none"
@@ -86,10 +95,6 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield "int8 × int8 saturates silently on a CPU without VNNI; int7 activations do not"
     if choice.activation == "int7_tensor" and cpu.has("vnni"):
         yield "this CPU multiplies int8 exactly, so 7-bit codes only lose accuracy"
-    if site.op == "linear" and choice in weight_only.CHOICES:
-        yield from weight_only.refuse(site, choice)
-    if choice.weight == "bfloat16" and not cpu.has("avx512"):
-        yield "bfloat16 is emulated on a CPU without AVX-512"
 
 
 def lower(gm: GraphModule, mode: str) -> Lowered:
