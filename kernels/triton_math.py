@@ -75,20 +75,37 @@ def bounds(x):
 
 
 @triton.jit
-def stored_scale(raw):
-    """1 for a block of zeros; never a subnormal number."""
-    return tl.maximum(tl.where(raw == 0.0, 1.0, raw), 1.1754943508222875e-38)
+def stored_scale(raw, DTYPE: tl.constexpr):
+    """The least number of DTYPE >= raw, so that no value saturates; 1 for a block of zeros.
+
+    In float32 never a subnormal number; in float16, where only infinity is above 65504, at most
+    that.
+    """
+    if tl.float32 == DTYPE:
+        return tl.maximum(tl.where(raw == 0.0, 1.0, raw), 1.1754943508222875e-38)
+    tl.static_assert(tl.float16 == DTYPE, "scales are stored in float32 or float16")
+    least = tl.maximum(tl.where(raw == 0.0, 1.0, raw), 5.960464477539063e-08)
+    least = tl.where(least == float("inf"), least, tl.minimum(least, 65504.0))
+    near = least.to(tl.float16)
+    up = (near.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    is_below = near.to(tl.float32) < least  # of a positive number the next code is the next larger
+    return tl.where(is_below, up, near).to(tl.float32)
 
 
 @triton.jit
-def scale_and_zero(low, high, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Of values from low <= 0 to high >= 0: absmax / HIGH, or the range / (HIGH - LOW)."""
+def scale_and_zero(
+    low, high, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Of values from low <= 0 to high >= 0: absmax / HIGH, or the range / (HIGH - LOW).
+
+    The scale is a float32 that DTYPE, in which it is stored, has too.
+    """
     if SYMMETRIC:
-        scale = stored_scale(tl.div_rn(tl.maximum(-low, high), HIGH * 1.0))
+        scale = stored_scale(tl.div_rn(tl.maximum(-low, high), HIGH * 1.0), DTYPE)
         zero = tl.zeros_like(scale)
     else:
         levels: tl.constexpr = (HIGH - LOW) * 1.0
-        scale = stored_scale(tl.div_rn(high, levels) - tl.div_rn(low, levels))
+        scale = stored_scale(tl.div_rn(high, levels) - tl.div_rn(low, levels), DTYPE)
         zero = LOW - round_to_even(tl.div_rn(low, scale))
         zero = tl.minimum(tl.maximum(zero, LOW * 1.0), HIGH * 1.0)
     return scale, zero.to(tl.int32)

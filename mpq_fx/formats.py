@@ -240,6 +240,7 @@ BUILT_IN = index(
     Format("int4", Int(4), scale=torch.float16, block=128),  # 4.125 bits
     Format("int4_g32", Int(4), scale=torch.float16, block=32),  # 4.5 bits
     Format("int4_row", Int(4), scale=torch.float16),
+    Format("int4_tensor", Int(4), scale=torch.float32, block=TENSOR),
     Format("int4_asym", Int(4), scale=torch.float16, block=128, symmetric=False),
     Format("int4_progressive", Int(8), scale=torch.float32, progressive=Progressive()),  # 4.125
     Format("fp8_e4m3", Float(4, 3, "nan"), scale=torch.float32),

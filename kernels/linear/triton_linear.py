@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mpq_fx.formats import Format, format_named
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
+from mpq_fx.kernels.quantize.triton import is_packed
 from mpq_fx.kernels.tile import Machine, Tile, key, machine, roomy, save, tuned
 
 NAMESPACE = "mpq_triton"
@@ -49,10 +50,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `x` is [rows, K] of any strides, `packed` what the kernel's own `pack` returned."""
+    """One call: `x` is [rows, K] of any strides, `packed` what the kernel's own `pack` returned.
+
+    Codes of 4 bits are two in a byte, [rows, 16 ceil(K / 32)]: K is then that of whole 16 bytes.
+    """
 
     x: Tensor
-    x_scale: Tensor | None  # [rows] or [1] in float32; None of a float format
+    x_scale: Tensor | None  # [rows · groups] or [1]; None of a float format
     x_zero: Tensor | None  # likewise in int32; None if it is 0
     packed: tuple[Tensor, ...]
     x_fmt: Format
@@ -60,6 +64,11 @@ class Call:
     n: int
     epilogue: Epilogue
     tile: Tile | None = None  # in place of the kernel's own choice
+
+    @property
+    def k(self) -> int:
+        """Values that are summed."""
+        return self.x.shape[1] * (2 if is_packed(self.x_fmt) else 1)
 
     def empty(self) -> Tensor:
         """The result, not yet computed: [rows, N]."""
@@ -83,8 +92,7 @@ def in_tuned_tile(kernel: LinearKernel, call: Call) -> Call:
     """The call in the tile that a search found for its shape, if that leaves room for what follows
     the sums: a search has only a bias there.
     """
-    m, k = call.x.shape
-    at = key(machine(call.x.device), m, call.n, k)
+    at = key(machine(call.x.device), len(call.x), call.n, call.k)
     found = tuned(TUNED, f"{kernel.name} {call.w_fmt}", at)
     is_fit = found is not None and (call.epilogue.is_plain or roomy([found]))
     return replace(call, tile=found) if is_fit else call
@@ -92,8 +100,7 @@ def in_tuned_tile(kernel: LinearKernel, call: Call) -> Call:
 
 def keep_tile(kernel: LinearKernel, call: Call, tile: Tile) -> None:
     """From now on what calls of this shape run in."""
-    m, k = call.x.shape
-    at = key(machine(call.x.device), m, call.n, k)
+    at = key(machine(call.x.device), len(call.x), call.n, call.k)
     save(TUNED, f"{kernel.name} {call.w_fmt}", {at: tile})
 
 

@@ -31,9 +31,9 @@ from triton import knobs
 from mpq_fx.formats import TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
-from mpq_fx.kernels.linear.triton_packing import pack_codes, unit_of, widened, widened_place
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, machine
+from mpq_fx.kernels.triton_packing import pack_codes, unit_of, widened, widened_place
 
 NAME = "weight_only_linear"
 FEW_ROWS = 4  # up to here without tensor cores, whose smallest tile has 16 rows

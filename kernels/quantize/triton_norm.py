@@ -20,10 +20,13 @@ from mpq_fx.formats import ROW, Format, format_named
 from mpq_fx.kernels.quantize.triton import (
     LONGEST,
     TILE,
+    block_of,
     empty_codes,
     empty_scales,
-    power_of_two,
+    is_packed,
     rows_of,
+    store_codes,
+    width,
 )
 from mpq_fx.kernels.triton_math import bounds, encode, narrow, scale_and_zero
 
@@ -51,11 +54,13 @@ def norm_kernel(
     stride_xk,
     stride_w,
     stride_b,
+    stride_c,
     IS_CENTERED: tl.constexpr,
     IS_STATIC: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -74,14 +79,16 @@ def norm_kernel(
         y = y + tl.load(bias_ptr + k * stride_b, mask=k < K, other=0.0).to(tl.float32)
     y = narrow(y, dtype).to(tl.float32)
     if IS_STATIC:
-        scale, zero = tl.load(scale_ptr), tl.load(zero_ptr)
+        scale, zero = tl.load(scale_ptr).to(tl.float32), tl.load(zero_ptr)
     else:
         low, high = bounds(y)
-        scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC)
-        tl.store(scale_ptr + row, scale, mask=row < rows)
+        kept: tl.constexpr = scale_ptr.dtype.element_ty
+        scale, zero = scale_and_zero(low, high, LOW, HIGH, SYMMETRIC, kept)
+        tl.store(scale_ptr + row, scale.to(kept), mask=row < rows)
         tl.store(zero_ptr + row, zero, mask=row < rows)
-    codes = encode(y, scale, zero, LOW, HIGH, codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr + row * K + k, codes, mask=mask)
+    stored: tl.constexpr = tl.int8 if PACKED else codes_ptr.dtype.element_ty
+    codes = encode(y, scale, zero, LOW, HIGH, stored)
+    store_codes(codes_ptr, codes, row, 0, K, row < rows, stride_c, PACKED)
 
 
 @triton_op("mpq_triton::norm_quantize", mutates_args=())
@@ -126,16 +133,18 @@ def launch(
 ) -> None:
     rows, (weight, bias), (codes, scale, zero) = rows_of(x), affine, found
     count, k = rows.shape
-    block = power_of_two(k)
+    block = block_of(k, fmt)
     block_m = max(1, TILE // block)
     wrap_triton(norm_kernel)[(triton.cdiv(count, block_m),)](
         *(rows, weight, bias, scale, zero, codes, count, k, eps, *rows.stride()),
         *(0 if vector is None else vector.stride(0) for vector in affine),
+        width(codes),
         IS_CENTERED=is_centered,
         IS_STATIC=is_static,
         LOW=fmt.qmin,
         HIGH=fmt.qmax,
         SYMMETRIC=fmt.symmetric,
+        PACKED=is_packed(fmt),
         BLOCK_M=block_m,
         BLOCK_K=block,
         num_warps=8 if block > TILE else 4,

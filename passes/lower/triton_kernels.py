@@ -6,7 +6,7 @@ Imported when a graph is lowered or a choice is judged, since it needs the packa
 from __future__ import annotations
 
 from mpq_fx.kernels.linear.triton_float8 import FLOAT8
-from mpq_fx.kernels.linear.triton_int4_int8 import INT4_INT8
+from mpq_fx.kernels.linear.triton_int4 import INT4
 from mpq_fx.kernels.linear.triton_int8 import INT8
 from mpq_fx.kernels.linear.triton_linear import LinearKernel
 from mpq_fx.kernels.linear.triton_weight_only import WEIGHT_ONLY
@@ -18,7 +18,7 @@ from mpq_fx.passes.lower.triton_linear import linear_kernel
 from mpq_fx.passes.lower.triton_quantize import quantize_kernels
 
 # Before int8, which runs 4-bit codes of two levels as well, but reads a byte for each
-LINEAR: tuple[LinearKernel, ...] = (INT4_INT8, INT8, FLOAT8, WEIGHT_ONLY)
+LINEAR: tuple[LinearKernel, ...] = (INT4, INT8, FLOAT8, WEIGHT_ONLY)
 
 
 def kernels(machine: Machine) -> dict[str, Kernel]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpq_fx.formats import FORMATS, TENSOR
 from mpq_fx.kernels.embedding import triton as triton_embedding
-from mpq_fx.kernels.linear import triton_int4_int8, triton_split, triton_weight_only
+from mpq_fx.kernels.linear import triton_int4, triton_split, triton_weight_only
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call
 from mpq_fx.kernels.tile import Machine, Tile
@@ -98,19 +98,19 @@ def embedding(weight: str, machine: Machine) -> None:
 
 EVERYWHERE = {
     **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 0)),
-    **linears(triton_int4_int8, "int4_progressive", "int8", (16, 0)),
+    **linears(triton_int4, "int4_progressive", "int8", (16, 0)),
     **full(triton_weight_only, "int4_asym", "bfloat16"),
 }
 ON_SOME = {  # one architecture of each kind of tensor core
     **linears(triton_weight_only, "int4_asym", "bfloat16", (2, 4, 32, 64)),
-    **linears(triton_int4_int8, "int4_progressive", "int8", (64,)),
+    **linears(triton_int4, "int4_progressive", "int8", (64,)),
     **linears(triton_weight_only, "int8", "bfloat16", (1,)),
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
     **full(triton_weight_only, "int8", "bfloat16"),
-    **full(triton_int4_int8, "int4_asym", "int8"),
+    **full(triton_int4, "int4_asym", "int8"),
     "ragged 1": partial(ragged, triton_weight_only, 1, "int4_asym", "bfloat16"),
     "ragged 17": partial(ragged, triton_weight_only, 17, "int4_asym", "bfloat16"),
-    "ragged 17 int8": partial(ragged, triton_int4_int8, 17, "int4_asym", "int8"),
+    "ragged 17 int8": partial(ragged, triton_int4, 17, "int4_asym", "int8"),
     "split float32": partial(split, torch.float32),
     "split int32": partial(split, torch.int32),
     **{f"embedding {fmt}": partial(embedding, fmt) for fmt in ("int8", "int4_g32")},

@@ -26,7 +26,7 @@ LARGE = {
         "sm_90": r"wgmma\.mma_async.*f32\.(f16|bf16)",
         "sm_100": r"tcgen05\.mma.*kind::f16",
     },
-    "int4_int8_linear": {"sm_90": r"wgmma\.mma_async.*s32\.s8\.s8"},
+    "int4_linear": {"sm_90": r"wgmma\.mma_async.*s32\.s8\.s8"},
 }
 
 
@@ -75,13 +75,13 @@ def test_every_kernel_is_compiled_for_every_kind_of_tensor_core(facts):
     for kernel in (
         "gemv_kernel",
         "gemm_kernel",
-        "int4_int8_kernel",
+        "int4_kernel",
         "reduce_kernel",
         "embedding_kernel",
     ):
         assert {(kernel, name) for name in ("sm_80", "sm_90", "sm_100")} <= found
     assert {name for kernel, name in found if kernel == "gemm_kernel"} == set(SHARED)
-    assert {name for kernel, name in found if kernel == "int4_int8_kernel"} == set(SHARED)
+    assert {name for kernel, name in found if kernel == "int4_kernel"} == set(SHARED)
 
 
 def test_nothing_spills_and_everything_fits(facts):
@@ -115,7 +115,7 @@ def test_codes_are_widened_without_conversions(facts):
     for fact, kernel, weight, rows in linears(facts):
         if weight in ("int4", "int8") and rows != "more":
             assert not any(re.match(r"I2F\.(S8|U8|S16)", name) for name in fact["instructions"])
-        if kernel == "int4_int8_linear" and rows == "16":
+        if kernel == "int4_linear" and rows == "16":
             assert "PRMT" not in fact["instructions"], "bytes of a word are codes as they are"
 
 

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from mpq_fx.kernels.linear.triton_packing import (
+from mpq_fx.kernels.triton_packing import (
     pack_bytes,
     pack_codes,
+    pack_rows,
     unit_of,
     unpack_bytes,
     unpack_codes,
+    unpack_rows,
 )
 
 rows, lengths = st.integers(0, 5), st.integers(0, 70)
@@ -43,6 +45,17 @@ def test_rows_of_any_length_survive_packing_by_bytes(rows, k):
     assert torch.equal(unpack_bytes(pack_bytes(codes), k), codes)
     strided = torch.randint(0, 16, (k, rows), dtype=torch.int8).t()
     assert torch.equal(unpack_bytes(pack_bytes(strided), k), strided)
+
+
+@given(rows=rows, k=lengths)
+def test_rows_of_activations_survive_packing_each_by_itself(rows, k):
+    codes = codes_of(rows, k, 4)
+    stored = pack_rows(codes)
+    assert stored.shape == (rows, -(-k // 32) * 16)
+    assert torch.equal(unpack_rows(stored, k), codes)
+    assert not unpack_rows(stored, stored.shape[-1] * 2)[:, k:].any()
+    words = stored.flatten().view(torch.int32).view(rows, -(-k // 32), 4).transpose(0, 1)
+    assert torch.equal(words, pack_bytes(codes & 15)), "the words of a weight, row by row"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

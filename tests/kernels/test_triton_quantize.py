@@ -11,13 +11,15 @@ pytest.importorskip("triton")
 
 import mpq_fx.kernels.quantize.triton as triton_quantize
 import mpq_fx.kernels.quantize.triton_norm as triton_norm
-from mpq_fx.formats import FORMATS
-from mpq_fx.kernels.quantize.triton import LONGEST
+from mpq_fx.formats import FORMATS, Format, Int
+from mpq_fx.kernels.quantize.triton import LONGEST, is_packed
+from mpq_fx.kernels.triton_packing import pack_rows, unpack_rows
 from tests.kernels.tolerance import DEVICE
 
 mpq, mpq_triton = torch.ops.mpq, torch.ops.mpq_triton
-DYNAMIC = ["int8", "int8_asym", "int8_g128"]
-STATIC = ["int8_tensor", "int8_tensor_asym", "uint8_tensor", "int7_tensor"]
+PACKED = ["int4", "int4_g32", "int4_row", "int4_asym"]
+DYNAMIC = ["int8", "int8_asym", "int8_g128", *PACKED]
+STATIC = ["int8_tensor", "int8_tensor_asym", "uint8_tensor", "int7_tensor", "int4_tensor"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (15, 33), (17, 128), (129, 20), (2, 3, 300), (0, 8), (4, 0), (7,), ()]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -29,9 +31,21 @@ def reference(op, x, *args):
     return tuple(t.to(DEVICE) for t in found) if isinstance(found, tuple) else found.to(DEVICE)
 
 
-def assert_same(got, want):
+def codes_of(stored, fmt, k):
+    """What a kernel stored as the reference has it, one in a byte; zeros fill a row up."""
+    named = FORMATS[fmt]
+    if not is_packed(named):
+        return stored
+    codes = unpack_rows(stored.cpu(), k)
+    assert not named.symmetric or torch.equal(pack_rows(codes), stored.cpu())
+    return codes.to(DEVICE)
+
+
+def assert_same(got, want, fmt):
     got, want = (f if isinstance(f, tuple) else (f,) for f in (got, want))
-    for one, other in zip(got, want, strict=True):
+    k = want[0].shape[-1] if want[0].ndim else 1
+    codes = codes_of(got[0], fmt, k).view(want[0].shape)
+    for one, other in zip((codes, *got[1:]), want, strict=True):
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         assert torch.equal(one, other)
@@ -52,7 +66,7 @@ def rows(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dynamic_codes_scales_and_zeros_are_those_of_the_reference(shape, fmt, dtype):
     x = rows(*shape, dtype=dtype)
-    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt))
+    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt), fmt)
 
 
 @shapes
@@ -64,14 +78,14 @@ def test_static_codes_are_those_of_the_reference(shape, fmt):
         args = (torch.tensor(scale), torch.tensor(zero, dtype=torch.int32))
         args = tuple(t.to(DEVICE) for t in args)
         got = mpq_triton.quantize(x, *args, fmt)
-        assert_same(got, reference(mpq.quantize, x, *args, fmt))
+        assert_same(got, reference(mpq.quantize, x, *args, fmt), fmt)
 
 
 @pytest.mark.parametrize("fmt", DYNAMIC)
 def test_a_row_too_long_for_registers_is_read_twice(fmt):
     x = rows(3, LONGEST + 77)
     x[2, -1] = 1e6  # the range is that of the whole row
-    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt))
+    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt), fmt)
 
 
 @given(
@@ -89,10 +103,11 @@ def test_any_strides(m, k, layout, fmt):
         "of a slice": lambda: rows(3, m + 1, k + 5).transpose(0, 1)[1:, :, 5:],
         "repeated": lambda: rows(1, k).expand(m, k),
     }[layout]()
-    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt))
+    assert_same(mpq_triton.quantize_dynamic(x, fmt), reference(mpq.quantize_dynamic, x, fmt), fmt)
     scale, zero = torch.tensor(0.3, device=DEVICE), torch.tensor(0, device=DEVICE).int()
-    want = reference(mpq.quantize, x, scale, zero, "int8_tensor")
-    assert_same(mpq_triton.quantize(x, scale, zero, "int8_tensor"), want)
+    for name in ("int8_tensor", "int4_tensor"):
+        want = reference(mpq.quantize, x, scale, zero, name)
+        assert_same(mpq_triton.quantize(x, scale, zero, name), want, name)
 
 
 def differing(got, want) -> float:
@@ -131,9 +146,10 @@ def test_an_activation_in_front_gives_the_codes_of_its_result(activation, fmt, s
     y = PRODUCERS[activation](*(t for t in (x, up) if t is not None))
     got = mpq_triton.activation_quantize_dynamic(x, up, activation, fmt)
     want = reference(mpq.quantize_dynamic, y, fmt)
-    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=0)
+    step = 1e-6 if got[1].dtype == torch.float32 else 2**-10  # the next number, at most
+    torch.testing.assert_close(got[1], want[1], rtol=step, atol=0)
     if x.numel():
-        assert differing(got[0], want[0]) <= 0.01
+        assert differing(codes_of(got[0], fmt, shape[-1]), want[0]) <= 0.01
         scale, zero = torch.tensor(0.05, device=DEVICE), torch.tensor(3, device=DEVICE).int()
         static = mpq_triton.activation_quantize(x, up, scale, zero, activation, "uint8_tensor")
         assert differing(static, reference(mpq.quantize, y, scale, zero, "uint8_tensor")) <= 0.01
@@ -151,7 +167,7 @@ def norms(x, weight, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", ["int8", "int8_asym"])
+@pytest.mark.parametrize("fmt", ["int8", "int8_asym", "int4_row"])
 @pytest.mark.parametrize("shape", [(15, 33), (2, 9, 130), (1, 4096), (5, 1)], ids=str)
 def test_a_norm_in_front_gives_the_codes_of_its_result(shape, fmt, dtype):
     x = (torch.randn(shape, device=DEVICE) * 2 + 1).to(dtype)
@@ -161,8 +177,9 @@ def test_a_norm_in_front_gives_the_codes_of_its_result(shape, fmt, dtype):
         got = mpq_triton.norm_quantize_dynamic(x, weight, shift, 1e-5, is_centered, fmt)
         want = reference(mpq.quantize_dynamic, y, fmt)
         few = 0.01 if dtype == torch.float32 else 0.05  # a rounding to 16 bits moves values, too
-        assert differing(got[0], want[0]) <= few
-        torch.testing.assert_close(got[1], want[1], rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert differing(codes_of(got[0], fmt, shape[-1]), want[0]) <= few
+        step = 2 * max(torch.finfo(dtype).eps, torch.finfo(got[1].dtype).eps)
+        torch.testing.assert_close(got[1], want[1], rtol=step, atol=0)
         scale, zero = torch.tensor(0.03, device=DEVICE), torch.tensor(0, device=DEVICE).int()
         args = (scale, zero, 1e-5, is_centered, "int8_tensor")
         static = mpq_triton.norm_quantize(x, weight, shift, *args)
@@ -180,13 +197,19 @@ def test_a_norm_without_weights_of_a_turned_matrix():
     ("refuse", "fmt", "reason"),
     [
         (triton_quantize.refuse_static, "int8", "more than one scale per tensor"),
-        (triton_quantize.refuse_static, "bfloat16", "no codes of a byte"),
+        (triton_quantize.refuse_static, "bfloat16", "no codes of a byte or of 4 bits"),
         (triton_quantize.refuse_dynamic, "int8_tensor", "a kernel of one pass cannot know"),
-        (triton_quantize.refuse_dynamic, "int4_g32", "stored in torch.float16"),
+        (
+            triton_quantize.refuse_dynamic,
+            Format("g16", Int(8), torch.bfloat16, 16),
+            "stored in torch.bfloat16",
+        ),
+        (triton_quantize.refuse_dynamic, Format("g48", Int(4), torch.float16, 48), "g48 are 48"),
     ],
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_formats_that_the_kernels_do_not_write_are_refused(refuse, fmt, reason):
-    (said, *_) = refuse(FORMATS[fmt])
+    (said, *_) = refuse(FORMATS.get(fmt, fmt))
     assert reason in said
 
 
@@ -198,13 +221,33 @@ def test_norms_refuse_rows_that_do_not_stay_in_registers():
     assert "scales of groups" in said
 
 
+@pytest.mark.parametrize("size", [1e-38, 3e-7, 5e-5, 0.1, 6e4, 4e5, 1e30])
+def test_scales_of_sixteen_bits_are_the_next_larger_ones_of_any_size(size):
+    """Subnormal ones too, and the largest, above which codes saturate."""
+    x = torch.rand(64, 33, device=DEVICE) * size
+    want = reference(mpq.quantize_dynamic, x, "int4_row")
+    assert_same(mpq_triton.quantize_dynamic(x, "int4_row"), want, "int4_row")
+
+
+def test_a_code_in_another_half_or_row_is_seen():
+    """What these tests compare by bites."""
+    x = rows(17, 128)
+    want = reference(mpq.quantize_dynamic, x, "int4_row")
+    codes, *rest = mpq_triton.quantize_dynamic(x, "int4_row")
+    for broken in (codes << 4 | codes >> 4, codes.roll(1, 0), codes.roll(1, 1)):
+        with pytest.raises(AssertionError):
+            assert_same((broken, *rest), want, "int4_row")
+
+
 def test_the_ops_keep_their_contracts():
     x, up = torch.randn(5, 40, device=DEVICE), torch.randn(5, 40, device=DEVICE)
     scale, zero = torch.tensor(0.1, device=DEVICE), torch.tensor(0, device=DEVICE).int()
     checks = ("test_schema", "test_faketensor")
     for op, args in (
         (mpq_triton.quantize, (x, scale, zero, "int8_tensor")),
+        (mpq_triton.quantize, (x, scale, zero, "int4_tensor")),
         (mpq_triton.quantize_dynamic, (x, "int8")),
+        (mpq_triton.quantize_dynamic, (x, "int4_g32")),
         (mpq_triton.activation_quantize, (x, up, scale, zero, "silu", "int8_tensor")),
         (mpq_triton.activation_quantize_dynamic, (x, None, "gelu", "int8_g128")),
         (mpq_triton.norm_quantize, (x, None, None, scale, zero, 1e-5, True, "int8_tensor")),

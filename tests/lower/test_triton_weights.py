@@ -23,8 +23,8 @@ KERNELS = {
     Choice("int4", "bfloat16"): "weight_only_linear",
     Choice("int4_g32", "bfloat16"): "weight_only_linear",
     Choice("int4_asym", "bfloat16"): "weight_only_linear",
-    Choice("int4_progressive", "int8", "dynamic"): "int4_int8_linear",
-    Choice("int4", "int8", "dynamic"): "int4_int8_linear",
+    Choice("int4_progressive", "int8", "dynamic"): "int4_linear",
+    Choice("int4", "int8", "dynamic"): "int4_linear",
 }
 PLANNED = [  # a symmetric and an asymmetric weight alone, and both ways of int4 by int8
     Choice("int8", "bfloat16"),
@@ -100,7 +100,7 @@ def test_a_plan_made_for_triton_names_its_kernels(graphs, isolated):
     choice = Choice("int4_progressive", "int8", "dynamic")
     plan = planned(llama()[0].to(DEVICE), choice, TABLES[0], name="triton")
     kernels = {row.choice: row.kernel for row in plan.ledger}
-    assert kernels[choice.name] == "mpq_triton.int4_int8_linear"
+    assert kernels[choice.name] == "mpq_triton.int4_linear"
     assert kernels[TABLES[0].name] == "mpq_triton.embedding"
 
 

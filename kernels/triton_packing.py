@@ -12,6 +12,8 @@ neighboring activations.  The codes that fill the last unit up are 0.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -51,6 +53,29 @@ def unpack_bytes(words: Tensor, k: int) -> Tensor:
     """[N, K] codes in 0 … 15: the inverse of `pack_bytes`"""
     places = unpacked(words, 4).unflatten(-1, (4, 2)).transpose(-1, -2)
     return places.flatten(1)[:, :k].to(torch.int8)
+
+
+def pack_rows(codes: Tensor) -> Tensor:
+    """[..., K] signed codes of 4 bits -> [..., 16 ceil(K / 32)] bytes, as activations are stored
+
+    The words of `pack_bytes`, each row by itself: byte 4 j + i has code 8 j + i in its low half and
+    code 8 j + 4 + i in its high one.  The codes that fill the last 16 bytes up are 0.
+    """
+    k = codes.shape[-1]
+    words = pack_bytes(codes.reshape(math.prod(codes.shape[:-1]), k) & 15).transpose(0, 1)
+    return words.contiguous().view(torch.uint8).view(*codes.shape[:-1], packed_width(k))
+
+
+def unpack_rows(stored: Tensor, k: int) -> Tensor:
+    """[..., K] int8 codes: the inverse of `pack_rows`"""
+    halves = torch.stack((stored << 4, stored & 0xF0), -1).view(torch.int8) >> 4
+    codes = halves.unflatten(-2, (-1, WORDS)).transpose(-1, -2)
+    return codes.flatten(-3)[..., :k].contiguous()
+
+
+def packed_width(k: int) -> int:
+    """Bytes of a row of `pack_rows`."""
+    return 16 * ((k + 31) // 32)
 
 
 def in_units(codes: Tensor, bits: int) -> Tensor:
@@ -133,6 +158,25 @@ def in_bytes(words, step, low):
     near = ((words & 0x0F0F0F0F) * step + spread) ^ -2139062144  # 0x80808080
     far = (((words >> 4) & 0x0F0F0F0F) * step + spread) ^ -2139062144
     return int8_of(tl.join(near, far))
+
+
+@triton.jit
+def sixteenfold(words):
+    """[M, U, 4] words of `pack_rows` -> int8 [M, 32 U] of 16 times the codes
+
+    A code in the upper half of a byte that has nothing else is that: no sign is lost.
+    """
+    return int8_of(tl.join((words << 4) & -252645136, words & -252645136))  # 0xF0F0F0F0
+
+
+@triton.jit
+def paired(codes):
+    """[M, K] codes of 4 bits -> [M, K / 2] bytes of `pack_rows`: K is a multiple of 8"""
+    M: tl.constexpr = codes.shape[0]
+    K: tl.constexpr = codes.shape[1]
+    halves = tl.permute(tl.reshape(codes.to(tl.int32) & 15, (M, K // 8, 2, 4)), (0, 1, 3, 2))
+    low, high = tl.split(halves)
+    return tl.reshape((low | (high << 4)).to(tl.uint8), (M, K // 2))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""mpq_triton::int4_int8_linear against mpq::linear on the same codes, and proof that it bites."""
+"""mpq_triton::int4_linear against mpq::linear on the same codes, and proof that it bites."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ pytest.importorskip("triton")
 
 import mpq_fx.kernels  # noqa: F401 - registers the ops
 from mpq_fx.formats import FORMATS, Format, Int, Progressive
-from mpq_fx.kernels.linear import triton_int4_int8
+from mpq_fx.kernels.linear import triton_int4
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
-from mpq_fx.kernels.linear.triton_int4_int8 import INT4_INT8, listed, tile
-from mpq_fx.kernels.linear.triton_linear import Call, Shape
-from mpq_fx.kernels.linear.triton_packing import unpack_bytes
+from mpq_fx.kernels.linear.triton_int4 import INT4, listed, tile
+from mpq_fx.kernels.linear.triton_linear import Call, Shape, vector
+from mpq_fx.kernels.quantize.triton import stored
 from mpq_fx.kernels.tile import Machine, Tile
+from mpq_fx.kernels.triton_packing import unpack_bytes
 from mpq_fx.numerics import Quantized, quantize, relative_rms
 from tests.kernels.tolerance import (
     DEVICE,
@@ -31,6 +32,8 @@ from tests.kernels.tolerance import (
 )
 
 NAMES = ("int4_progressive", "int4", "int4_g32", "int4_row", "int4_asym")
+X_NAMES = ("int8", "int8_tensor", "int4_row", "int4", "int4_g32", "int4_tensor", "int8_g128")
+X_FMTS = [FORMATS[name] for name in X_NAMES]
 FMTS = [FORMATS[name] for name in NAMES]
 TWO_LEVELS, X = FORMATS["int4_progressive"], FORMATS["int8"]
 WHOLE, SPLIT = Tile(16, 16, 64, 2, 4, 1), Tile(16, 16, 64, 1, 4, 1, 3)
@@ -46,11 +49,11 @@ def sample(m: int, n: int, k: int, fmt: Format, x_fmt: Format = X) -> tuple[Quan
 
 def run(x, w, fmt: Format, *, path=None, bias=None, x_fmt=X, after=None) -> torch.Tensor:
     parts = (part.to(DEVICE) for part in (w.codes, w.scale, w.zero))
-    packed = triton_int4_int8.pack(*parts, fmt)
+    packed = triton_int4.pack(*parts, fmt)
     after = after or Epilogue(torch.float32, bias)
-    codes, scale = x.codes.to(DEVICE), x.scale.to(DEVICE)
+    codes, scale = stored(x.codes, x_fmt).to(DEVICE), vector(x.scale).to(DEVICE)
     call = Call(codes, scale, None, packed, x_fmt, fmt, w.codes.shape[0], after, path)
-    return INT4_INT8.launch(call).cpu()
+    return INT4.launch(call).cpu()
 
 
 def reference(x, w, fmt: Format, *, bias=None, x_fmt=X) -> torch.Tensor:
@@ -64,7 +67,7 @@ def reference(x, w, fmt: Format, *, bias=None, x_fmt=X) -> torch.Tensor:
 def test_equals_the_reference(shape, path, fmt):
     m, n, k = shape
     bias = torch.randn(n)
-    for x_fmt in (X, FORMATS["int8_tensor"]):
+    for x_fmt in X_FMTS:
         x, w = sample(m, n, k, fmt, x_fmt)
         got = run(x, w, fmt, path=path, bias=bias.to(DEVICE), x_fmt=x_fmt)
         expected = reference(x, w, fmt, bias=bias, x_fmt=x_fmt)
@@ -73,31 +76,51 @@ def test_equals_the_reference(shape, path, fmt):
 
 @paths
 @settings(max_examples=10)
-@given(m=st.integers(1, 20), n=st.integers(1, 20), k=st.integers(1, 150), fmt=st.sampled_from(FMTS))
-def test_any_shape(path, m, n, k, fmt):
-    x, w = sample(m, n, k, fmt)
-    assert relative_rms(run(x, w, fmt, path=path), reference(x, w, fmt)) <= limit(k)
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 20),
+    k=st.integers(1, 150),
+    fmt=st.sampled_from(FMTS),
+    x_fmt=st.sampled_from(X_FMTS),
+)
+def test_any_shape(path, m, n, k, fmt, x_fmt):
+    x, w = sample(m, n, k, fmt, x_fmt)
+    got = run(x, w, fmt, path=path, x_fmt=x_fmt)
+    assert relative_rms(got, reference(x, w, fmt, x_fmt=x_fmt)) <= limit(k)
 
 
 @paths
+@pytest.mark.parametrize("x_fmt", [X, FORMATS["int4_row"]], ids=str)
 @pytest.mark.parametrize("fmt", [TWO_LEVELS, FORMATS["int4_row"]], ids=str)
-def test_sums_over_a_row_are_exact(fmt, path):
+def test_sums_over_a_row_are_exact(fmt, x_fmt, path):
     """Scales of 1, so that what is stored is the sum."""
-    x, w = sample(5, 9, 300, fmt)
+    x, w = sample(5, 9, 300, fmt, x_fmt)
     ones = torch.ones(5, 1), torch.ones_like(w.scale)
     x, w = replace(x, scale=ones[0]), replace(w, scale=ones[1])
     want = x.codes.long() @ w.codes.long().T
     assert int(want.abs().max()) < 2**24, "float32 holds every sum"
-    assert torch.equal(run(x, w, fmt, path=path), want.float())
+    assert torch.equal(run(x, w, fmt, path=path, x_fmt=x_fmt), want.float())
 
 
-def test_the_largest_sums_do_not_overflow():
+@pytest.mark.parametrize(("x_fmt", "code"), [(X, -127), (FORMATS["int4_row"], -7)], ids=str)
+def test_the_largest_sums_do_not_overflow(x_fmt, code):
     k = 16384
-    x = Quantized(torch.full((1, k), -127, dtype=torch.int8), torch.ones(1, 1), torch.zeros(1, 1))
+    x = Quantized(torch.full((1, k), code, dtype=torch.int8), torch.ones(1, 1), torch.zeros(1, 1))
     codes = torch.tensor([[120], [-120]], dtype=torch.int8).expand(2, k).contiguous()
     w = Quantized(codes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
-    got = run(x, w, TWO_LEVELS, path=Tile(16, 16, 128, 1, 4, 1))
-    assert got.tolist() == [[-127.0 * 120 * k, 127.0 * 120 * k]]
+    got = run(x, w, TWO_LEVELS, path=Tile(16, 16, 128, 1, 4, 1), x_fmt=x_fmt)
+    assert got.tolist() == [[code * 120.0 * k, -code * 120.0 * k]]
+
+
+def test_every_product_of_two_codes_of_4_bits_is_exact():
+    """At every place of a unit, those of the other half of the byte being there too."""
+    fmt = FORMATS["int4_row"]
+    code = torch.arange(-8, 8, dtype=torch.int8)
+    x, w = torch.cartesian_prod(code, code).unsqueeze(-1).unbind(1)
+    x, w = x.expand(256, 32).contiguous(), w.expand(256, 32).contiguous()
+    ones, zero = torch.ones(256, 1), torch.zeros(256, 1, dtype=torch.int32)
+    got = run(Quantized(x, ones, zero), Quantized(w, ones, zero), fmt, x_fmt=fmt)
+    assert torch.equal(got, (x.long() @ w.long().T).float())
 
 
 def test_every_grid_is_widened_exactly():
@@ -119,7 +142,7 @@ def test_every_grid_is_widened_exactly():
 def test_what_is_packed_gives_the_codes_back():
     _, w = sample(1, 7, 300, TWO_LEVELS)
     parts = (part.to(DEVICE) for part in (w.codes, w.scale, w.zero))
-    words, scales, low, step = (part.cpu() for part in triton_int4_int8.pack(*parts, TWO_LEVELS))
+    words, scales, low, step = (part.cpu() for part in triton_int4.pack(*parts, TWO_LEVELS))
     q = unpack_bytes(words, 300)
     assert int(q.min()) == 0
     assert int(q.max()) == 15
@@ -130,6 +153,26 @@ def test_what_is_packed_gives_the_codes_back():
     assert sum(part.numel() * part.element_size() for part in (words, low, step)) <= 7 * (
         320 / 2 + 2 * 3
     )
+
+
+X_BUGS = [
+    (swap_nibbles, "int4_row"),
+    (next_group_scale, "int4_g32"),
+    (next_row_scale, "int4_row"),
+    (drop_last_block, "int4"),
+    (bump_one_code, "int4_row"),
+]
+
+
+@paths
+@pytest.mark.parametrize(("bug", "name"), X_BUGS, ids=lambda part: getattr(part, "__name__", part))
+def test_a_broken_activation_of_4_bits_is_caught(bug, name, path):
+    fmt, x_fmt, k = FORMATS["int4"], FORMATS[name], 320
+    x, w = sample(8, 6, k, fmt, x_fmt)
+    want = reference(x, w, fmt, x_fmt=x_fmt)
+    assert relative_rms(run(x, w, fmt, path=path, x_fmt=x_fmt), want) <= limit(k)
+    broken = bug(x, x_fmt)
+    assert relative_rms(run(broken, w, fmt, path=path, x_fmt=x_fmt), want) > limit(k)
 
 
 BUGS = [
@@ -156,11 +199,11 @@ def test_a_broken_weight_is_caught(bug, name, path):
 def test_a_broken_part_of_two_levels_is_caught(part):
     x, w = sample(4, 6, 300, TWO_LEVELS)
     parts = (each.to(DEVICE) for each in (w.codes, w.scale, w.zero))
-    packed = list(triton_int4_int8.pack(*parts, TWO_LEVELS))
+    packed = list(triton_int4.pack(*parts, TWO_LEVELS))
     packed[part] = packed[part].roll(1, 0 if part != 1 else 1)  # the next unit, row, groups
     after = Epilogue(torch.float32)
     args = (x.codes.to(DEVICE), x.scale.to(DEVICE), None, tuple(packed), X, TWO_LEVELS, 6, after)
-    got = INT4_INT8.launch(Call(*args, WHOLE)).cpu()
+    got = INT4.launch(Call(*args, WHOLE)).cpu()
     assert relative_rms(got, reference(x, w, TWO_LEVELS)) > 1e-2
 
 
@@ -201,9 +244,9 @@ def test_any_leading_shape_and_nothing_at_all(shape):
     x = quantize(torch.randn(shape), X)
     w, ops = quantize(torch.randn(6, 40), TWO_LEVELS), torch.ops.mpq_triton
     parts = (part.to(DEVICE) for part in (w.codes, w.scale, w.zero))
-    packed = ops.int4_int8_linear_pack(*parts, TWO_LEVELS.name)
+    packed = ops.int4_linear_pack(*parts, TWO_LEVELS.name)
     end = (*[None] * 6, "int8", TWO_LEVELS.name, 6, "none", torch.float32, "")
-    got = ops.int4_int8_linear(x.codes.to(DEVICE), x.scale.to(DEVICE), None, packed, *end)
+    got = ops.int4_linear(x.codes.to(DEVICE), x.scale.to(DEVICE), None, packed, *end)
     assert got.shape == (*shape[:-1], 6)
     assert torch.equal(got.cpu(), reference(x, w, TWO_LEVELS))
 
@@ -229,20 +272,21 @@ def test_a_tile_has_one_group_and_fits():
                 assert cut.split_k == 1 or m <= 64
     assert tile(1, 4096, 14336, TWO_LEVELS, H100).split_k > 1
     for m in (1, 1000):
-        found = INT4_INT8.configurations(m, 4096, 4096, H100)
+        found = INT4.configurations(m, 4096, 4096, H100)
         assert len(set(found)) == len(found) >= 4
 
 
 def test_refusals_say_why():
     def said(x: str, fmt: Format, k: int = 64) -> list[str]:
-        return [*INT4_INT8.refuse(Shape(FORMATS[x], fmt, 1, 64, k, H100))]
+        return [*INT4.refuse(Shape(FORMATS[x], fmt, 1, 64, k, H100))]
 
     assert said("int8", TWO_LEVELS) == said("int8_tensor", FORMATS["int4_asym"]) == []
     assert "not int8" in said("int8", FORMATS["int8"])[0]
     (groups,) = said("int8", Format("g16", Int(4), torch.float16, 16))
     assert groups == "groups are multiples of 32 here, and those of g16 are 16"
-    for x in ("int8_asym", "bfloat16", "uint8_tensor"):
-        assert f"no zero point here, not {x}" in said(x, TWO_LEVELS)[0]
+    assert said("int4", FORMATS["int4"]) == said("int4_row", TWO_LEVELS) == []
+    for x in ("int8_asym", "bfloat16", "uint8_tensor", "int4_asym"):
+        assert f"without a zero point here, not {x}" in said(x, TWO_LEVELS)[0]
     assert "may overflow" in said("int8", TWO_LEVELS, 200_000)[0]
     assert said("int8", FORMATS["int4"], 200_000) == [], "a group has a sum of its own"
 
@@ -251,8 +295,8 @@ def test_refusals_say_why():
 def test_the_ops_keep_their_contract(fmt):
     x, w = sample(3, 6, 40, fmt)
     parts, ops = [part.to(DEVICE) for part in (w.codes, w.scale, w.zero)], torch.ops.mpq_triton
-    torch.library.opcheck(ops.int4_int8_linear_pack, (*parts, fmt.name))
-    packed = ops.int4_int8_linear_pack(*parts, fmt.name)
+    torch.library.opcheck(ops.int4_linear_pack, (*parts, fmt.name))
+    packed = ops.int4_linear_pack(*parts, fmt.name)
     end = (*[None] * 6, "int8", fmt.name, 6, "none", torch.float32, "")
     codes, scale = x.codes.to(DEVICE), x.scale.to(DEVICE)
-    torch.library.opcheck(ops.int4_int8_linear, (codes, scale, None, packed, *end))
+    torch.library.opcheck(ops.int4_linear, (codes, scale, None, packed, *end))
