@@ -157,6 +157,7 @@ def kernel_calls(layer: Layer, rows: int, device: Device, at: torch.device) -> I
     """(choice, kernel, call, operands) of each choice that a kernel takes."""
     from mpq_fx.kernels.linear.triton_epilogue import Epilogue
     from mpq_fx.kernels.linear.triton_linear import Call
+    from mpq_fx.kernels.quantize.triton import stored
 
     site = site_of(layer, rows)
     for choice in target.CHOICES["linear"]:
@@ -169,7 +170,7 @@ def kernel_calls(layer: Layer, rows: int, device: Device, at: torch.device) -> I
         scaled = given.x_fmt.scale is not None
         is_shifted = scaled and not given.x_fmt.symmetric
         call = Call(
-            x,
+            stored(x, given.x_fmt),
             scale.reshape(-1) if scaled else None,
             zero.reshape(-1) if is_shifted else None,
             packed,
@@ -195,7 +196,7 @@ def checked(kernel: Any, call: Any, given: Operands) -> tuple[float, float]:
     if not error <= limit:
         raise SystemExit(
             f"{kernel.name} is wrong: error {error:.2g}, and rounding explains {limit:.2g}, at M, "
-            f"N, K = {len(call.x)}, {call.n}, {call.x.shape[1]} in {given.w_fmt} by {given.x_fmt}"
+            f"N, K = {len(call.x)}, {call.n}, {call.k} in {given.w_fmt} by {given.x_fmt}"
         )
     return error, limit
 
@@ -206,7 +207,7 @@ def rounding(call: Any) -> float:
     """
     from mpq_fx.kernels.linear.triton_float8 import LONGEST
 
-    k = call.x.shape[1]
+    k = call.k
     inexact = min(k, LONGEST) ** 0.5 * 2.0**-13 if call.x_fmt.has_float_codes else 0.0
     return inexact + (1 + k**0.5) * 2.0**-24
 

@@ -81,15 +81,18 @@ def stored_scale(raw, DTYPE: tl.constexpr):
     In float32 never a subnormal number; in float16, where only infinity is above 65504, at most
     that.
     """
+    known = tl.where(raw == 0.0, 1.0, raw)
     if tl.float32 == DTYPE:
-        return tl.maximum(tl.where(raw == 0.0, 1.0, raw), 1.1754943508222875e-38)
-    tl.static_assert(tl.float16 == DTYPE, "scales are stored in float32 or float16")
-    least = tl.maximum(tl.where(raw == 0.0, 1.0, raw), 5.960464477539063e-08)
-    least = tl.where(least == float("inf"), least, tl.minimum(least, 65504.0))
-    near = least.to(tl.float16)
-    up = (near.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
-    is_below = near.to(tl.float32) < least  # of a positive number the next code is the next larger
-    return tl.where(is_below, up, near).to(tl.float32)
+        scale = tl.maximum(known, 1.1754943508222875e-38)
+    else:
+        tl.static_assert(tl.float16 == DTYPE, "scales are stored in float32 or float16")
+        known = tl.maximum(known, 5.960464477539063e-08)
+        known = tl.where(known == float("inf"), known, tl.minimum(known, 65504.0))
+        near = known.to(tl.float16)
+        up = (near.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+        # The next code of a positive number is the next larger number.
+        scale = tl.where(near.to(tl.float32) < known, up, near).to(tl.float32)
+    return scale
 
 
 @triton.jit

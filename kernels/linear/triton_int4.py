@@ -131,13 +131,15 @@ def weight_of(words, low_ptr, step_ptr, at):
 def added(acc, x, w, x_scale_ptr, x_at, scale_ptr, at):
     """acc + x · w; with the scales of a group in float32, or of int32 sums without"""
     if x_scale_ptr is None and scale_ptr is None:
-        return tl.dot(x, w, acc, out_dtype=tl.int32)
-    total = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
-    if scale_ptr is not None:
-        total *= tl.load(scale_ptr + at).to(tl.float32)[None, :]
-    if x_scale_ptr is not None:
-        total *= tl.load(x_scale_ptr + x_at).to(tl.float32)[:, None]
-    return acc + total
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    else:
+        total = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
+        if scale_ptr is not None:
+            total *= tl.load(scale_ptr + at).to(tl.float32)[None, :]
+        if x_scale_ptr is not None:
+            total *= tl.load(x_scale_ptr + x_at).to(tl.float32)[:, None]
+        acc += total
+    return acc
 
 
 @triton.jit

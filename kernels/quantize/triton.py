@@ -84,7 +84,7 @@ def store_codes(
     BLOCK_K: tl.constexpr = codes.shape[1]
     if PACKED:
         byte = first // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        mask = is_mine & (2 * byte < (end + 31) // 32 * 32)
+        mask = is_mine & (byte < (end + 31) // 32 * 16)
         tl.store(codes_ptr + row * stride_c + byte, paired(codes), mask=mask)
     else:
         k = first + tl.arange(0, BLOCK_K)[None, :]

@@ -41,6 +41,8 @@ CHOICES = {
         Choice("int4_asym", "bfloat16"),
         Choice("int4_progressive", "int8", "dynamic"),
         Choice("int4", "int8", "dynamic"),
+        Choice("int4", "int4_row", "dynamic"),
+        Choice("int4", "int4", "dynamic"),
         *FP8,
     ),
     "conv": (

@@ -54,6 +54,8 @@ CHOICES = {
         Choice("fp8_e4m3", "fp8_e4m3_tensor", "static"),
         Choice("int4_progressive", "int8", "dynamic"),
         Choice("int4", "int8", "dynamic"),
+        Choice("int4", "int4_row", "dynamic"),
+        Choice("int4", "int4", "dynamic"),
         Choice("int8", "bfloat16"),
         Choice("int4", "bfloat16"),
         Choice("int4_g32", "bfloat16"),

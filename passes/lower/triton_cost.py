@@ -5,6 +5,7 @@ Without the GPU the roofline of its datasheet (triton_device) takes the place of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
-from mpq_fx.formats import TENSOR, Float, Format, format_named
+from mpq_fx.formats import Float, Format, format_named
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, in_tuned_tile
+from mpq_fx.kernels.quantize.triton import stored
 from mpq_fx.passes.lower import aten_cost
 from mpq_fx.passes.lower.triton_device import LAUNCH, Device, moving, numel
 
@@ -59,10 +61,11 @@ def call_of(site: Site, choice: Choice, kernel: LinearKernel) -> Call:
     packed = kernel.pack(w, scale, torch.zeros_like(scale, dtype=torch.int32), w_fmt)
     x_scale = x_zero = None
     if x_fmt.scale is not None:
-        x_scale = torch.rand(1 if x_fmt.block == TENSOR else rows)
+        x_scale = torch.rand(math.prod(x_fmt.scale_shape((rows, k)))).to(x_fmt.scale)
         x_zero = None if x_fmt.symmetric else torch.ones_like(x_scale, dtype=torch.int32)
     epilogue = Epilogue(getattr(torch, site.dtype), bias=torch.randn(n))
-    return Call(codes_of(x_fmt, rows, k), x_scale, x_zero, packed, x_fmt, w_fmt, n, epilogue)
+    x = stored(codes_of(x_fmt, rows, k), x_fmt)
+    return Call(x, x_scale, x_zero, packed, x_fmt, w_fmt, n, epilogue)
 
 
 def codes_of(fmt: Format, *shape: int) -> Tensor:

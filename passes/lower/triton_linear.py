@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.formats import format_named
 from mpq_fx.graph import arguments, insert_call, value
 from mpq_fx.kernels.linear.triton_linear import LinearKernel, Shape
+from mpq_fx.kernels.quantize.triton import is_packed
 from mpq_fx.kernels.tile import Machine
 from mpq_fx.passes.lower.fuse import Post, Tail, any_sum_tail_of, tail_of
 from mpq_fx.passes.lower.kernel import Kernel
@@ -42,8 +44,11 @@ def last(node: Node) -> Node:
 
 
 def tail_for(node: Node) -> Tail:
-    """The sum with any residual, an activation, the next site's quantization."""
-    return any_sum_tail_of(node, POSTS) or tail_of(node, POSTS)
+    """The sum with any residual, an activation, the next site's quantization to codes of a byte."""
+    tail = any_sum_tail_of(node, POSTS) or tail_of(node, POSTS)
+    if tail.quantize is None or not is_packed(format_named(arguments(tail.quantize)[-1])):
+        return tail
+    return replace(tail, last=arguments(tail.quantize)[0], quantize=None)
 
 
 def shape_of(node: Node, machine: Machine) -> Shape:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mpq_fx.formats import FORMATS, TENSOR
+from mpq_fx.formats import FORMATS
 from mpq_fx.kernels.embedding import triton as triton_embedding
 from mpq_fx.kernels.linear import triton_int4, triton_split, triton_weight_only
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call
+from mpq_fx.kernels.quantize.triton import stored
 from mpq_fx.kernels.tile import Machine, Tile
 
 N, K = 4096, 4096
@@ -51,8 +53,8 @@ def launch(
     )
     x_scale = None
     if x_fmt.scale is not None:
-        x_scale = meta(1 if x_fmt.block == TENSOR else m, dtype=torch.float32)
-    x = meta(m, k, dtype=x_fmt.dtype)
+        x_scale = meta(math.prod(x_fmt.scale_shape((m, k))), dtype=x_fmt.scale)
+    x = stored(meta(m, k, dtype=x_fmt.dtype), x_fmt)
     kernel.launch(Call(x, x_scale, None, packed, x_fmt, w_fmt, n, after, tile))
 
 
@@ -66,7 +68,7 @@ def everything(m: int) -> Epilogue:
 def linears(kernel, weight: str, activation: str, rows: tuple[int, ...] | None = None):
     """name -> case, of all tiles for these numbers of rows, or of all."""
     return {
-        f"{kernel.NAME} {weight} {m or 'more'} {number}": partial(
+        f"{kernel.NAME} {weight}*{activation} {m or 'more'} {number}": partial(
             linear, kernel, number, m, weight, activation, False
         )
         for m in rows or kernel.TILES
@@ -76,7 +78,7 @@ def linears(kernel, weight: str, activation: str, rows: tuple[int, ...] | None =
 
 def full(kernel, weight: str, activation: str):
     """The largest tile that a linear with everything behind it takes."""
-    name = f"{kernel.NAME} {weight} more full"
+    name = f"{kernel.NAME} {weight}*{activation} more full"
     return {name: partial(linear, kernel, 0, 0, weight, activation, True)}
 
 
@@ -99,6 +101,7 @@ def embedding(weight: str, machine: Machine) -> None:
 EVERYWHERE = {
     **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 0)),
     **linears(triton_int4, "int4_progressive", "int8", (16, 0)),
+    **linears(triton_int4, "int4", "int4", (0,)),
     **full(triton_weight_only, "int4_asym", "bfloat16"),
 }
 ON_SOME = {  # one architecture of each kind of tensor core
@@ -107,7 +110,9 @@ ON_SOME = {  # one architecture of each kind of tensor core
     **linears(triton_weight_only, "int8", "bfloat16", (1,)),
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
     **full(triton_weight_only, "int8", "bfloat16"),
+    **linears(triton_int4, "int4", "int4_row", (16,)),
     **full(triton_int4, "int4_asym", "int8"),
+    **full(triton_int4, "int4", "int4"),
     "ragged 1": partial(ragged, triton_weight_only, 1, "int4_asym", "bfloat16"),
     "ragged 17": partial(ragged, triton_weight_only, 17, "int4_asym", "bfloat16"),
     "ragged 17 int8": partial(ragged, triton_int4, 17, "int4_asym", "int8"),

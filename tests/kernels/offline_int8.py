@@ -61,6 +61,7 @@ def quantize(k: int, machine: Machine) -> None:
     ):
         triton_quantize.launch_dynamic(x, None, DYNAMIC, "none")
         triton_quantize.launch_dynamic(x, x, FORMATS["int8_g128"], "silu")
+        triton_quantize.launch_dynamic(x, None, FORMATS["int4"], "none")
         triton_quantize.launch_static(x, None, scale, zero, STATIC, "gelu_tanh")
         triton_norm.launch(x, (x[0], x[0]), found, 1e-5, True, FORMATS["int8_asym"], False)
 

@@ -96,11 +96,18 @@ def test_tensor_cores_multiply_eight_bit_integers(facts, case, architecture):
 def test_a_quantization_divides_and_rounds_as_the_specification_does(facts, architecture):
     kernels = facts["quantize 4096", architecture]
     names = [fact["kernel"] for fact in kernels]
-    assert names == ["dynamic_kernel", "dynamic_kernel", "static_kernel", "norm_kernel"]
+    assert names == [*["dynamic_kernel"] * 3, "static_kernel", "norm_kernel"]
     for fact in kernels:
         assert counted(fact, "div.rn.f32") > 0
         rounds = fact["ptx"].get("add.f32", 0) + counted(fact, "add", "f32x2")
         assert rounds > 0, "the sum that rounds to a whole number was not folded away"
+
+
+@ON
+def test_packed_codes_are_stored_eight_bytes_at_a_time(facts, architecture):
+    _, _, fact, *_ = facts["quantize 4096", architecture]
+    assert counted(fact, "st.global.v2") > 0
+    assert counted(fact, "st.global", ".b8") == 0
 
 
 @ON

@@ -59,11 +59,11 @@ def compile_all(cache: Path) -> str:
 
 
 def linears(facts: list[dict]) -> Iterator[tuple[dict, str, str, str]]:
-    """(fact, kernel, weight, rows) of the linears themselves."""
+    """(fact, kernel, formats, rows) of the linears themselves."""
     for fact in facts:
         if "linear" in fact["case"] and fact["kernel"] != "reduce_kernel":
-            kernel, weight, rows, _ = fact["case"].split()
-            yield fact, kernel, weight, rows
+            kernel, formats, rows, _ = fact["case"].split()
+            yield fact, kernel, formats, rows
 
 
 def has(fact: dict, pattern: str) -> bool:
@@ -106,16 +106,16 @@ def test_weights_are_read_by_sixteen_bytes(facts):
         if "ragged" in fact["case"]:  # a row of such an x begins anywhere
             continue
         loads = [name for name in fact["instructions"] if name.startswith(("LDG.", "LDGSTS."))]
-        if "int4_g32 more" in fact["case"]:  # 32 codes of a row are all that a step has
+        if "int4_g32*float16 more" in fact["case"]:  # 32 codes of a row are all that a step has
             assert any(name.endswith(".64") for name in loads), fact
         assert any(name.endswith("128") for name in loads), fact
 
 
 def test_codes_are_widened_without_conversions(facts):
-    for fact, kernel, weight, rows in linears(facts):
-        if weight in ("int4", "int8") and rows != "more":
+    for fact, kernel, formats, rows in linears(facts):
+        if formats.startswith(("int4*", "int8*")) and rows != "more":
             assert not any(re.match(r"I2F\.(S8|U8|S16)", name) for name in fact["instructions"])
-        if kernel == "int4_linear" and rows == "16":
+        if kernel == "int4_linear" and rows == "16" and formats.endswith("*int8"):
             assert "PRMT" not in fact["instructions"], "bytes of a word are codes as they are"
 
 

@@ -25,11 +25,13 @@ KERNELS = {
     Choice("int4_asym", "bfloat16"): "weight_only_linear",
     Choice("int4_progressive", "int8", "dynamic"): "int4_linear",
     Choice("int4", "int8", "dynamic"): "int4_linear",
+    Choice("int4", "int4_row", "dynamic"): "int4_linear",
+    Choice("int4", "int4", "dynamic"): "int4_linear",
 }
-PLANNED = [  # a symmetric and an asymmetric weight alone, and both ways of int4 by int8
+PLANNED = [  # a symmetric and an asymmetric weight alone, and all ways of int4 by integers
     Choice("int8", "bfloat16"),
     Choice("int4_asym", "bfloat16"),
-    *[choice for choice in KERNELS if choice.activation == "int8"],
+    *[choice for choice in KERNELS if choice.scaling == "dynamic"],
 ]
 TABLES = [Choice("int8", "float32"), Choice("int4_g32", "float32")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
