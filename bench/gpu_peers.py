@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -94,11 +94,19 @@ def running(
     for name, make in makers.items():
         try:
             call = make()
-            kept[name] = Baseline(call, error_of(name, call(), given))
+            y = call()
+            if y.is_cuda:
+                torch.cuda.synchronize()  # so that a failing kernel is this one's
+            kept[name] = Baseline(call, error_of(name, y, given))
         except Exception as error:  # each package raises types of its own
             left_out[name] = reason(error)
-            print(f"{name} left out: {left_out[name]}", file=sys.stderr)
+            say(f"{name} left out: {left_out[name]}")
     return kept, left_out
+
+
+@cache  # once, not for each layer
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def error_of(name: str, y: Tensor, given: Floats) -> float | None:
@@ -115,11 +123,12 @@ def error_of(name: str, y: Tensor, given: Floats) -> float | None:
 
 
 def reason(error: Exception) -> str:
-    """One line; of a package that is missing, its name."""
+    """In one line: of a package that is missing its name, of "... raised:" also what."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
-    words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join([f"{type(error).__name__}:", *lines[:count]]).removesuffix(":")
 
 
 def package_of(variant: str) -> str:
@@ -169,7 +178,7 @@ def torchao(config: Callable[[Any], Any], given: Floats) -> Call:
     linear.bias = nn.Parameter(given.bias, requires_grad=False)
     with inductor.patch(inductor.get_config_copy()):
         quantization.quantize_(linear, config(quantization))
-        if type(linear.weight.data) is Tensor:  # torchao says nothing where it skips a layer
+        if type(linear.weight) is nn.Parameter:  # torchao says nothing where it skips a layer
             raise RuntimeError(f"torchao leaves a weight of {tuple(given.w.shape)} as it is")
         run = torch.compile(
             linear, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False

@@ -132,7 +132,7 @@ def page(found: Mapping[str, Any]) -> str:
         f" ({found['architecture']}), {versions}, CUDA {found['cuda']}.",
         "Microseconds are medians with a cold L2 cache, variants by turns; results of ours were",
         "compared with the reference on the same codes before they were timed. Dynamic formats",
-        "start from codes, beside torchao and gemlite from bfloat16, where an error is that against",
+        "start from codes, beside torchao and gemlite from bfloat16; errors there are against",
         "the layer in float64 before it was quantized.",
         "",
         *map(str, bars(found)),
