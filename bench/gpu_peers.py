@@ -8,7 +8,8 @@ mpq, since it has only kernels for them; everything else is quantized by the pac
 
 What is not installed, or fails on a layer, is left out with its reason.  Not run so far, for want
 of a GPU: gemlite, which does not even import without one, and torchao's int4 and compiled CUDA
-kernels.  A kernel that breaks the CUDA context ends the run, whoever launched it.
+kernels.  A kernel that breaks the CUDA context ends the run, whoever launched it; and a call that
+keeps the CPU longer than the GPU is kept by clearing its cache shows that in its time.
 """
 
 from __future__ import annotations
