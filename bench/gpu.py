@@ -1,14 +1,18 @@
 """Triton kernels on the GPU at hand: right first, then microseconds beside those of PyTorch.
 
-    python bench/gpu.py [--models llama-3-8b,bert-base] [--rows 1,16] [--search] [--json] [--save]
+    python bench/gpu.py [--models llama-3-8b,bert-base] [--rows 1,16] [--peers torchao,gemlite]
+                        [--search] [--json] [--save]
 
 Linear layers of four models (those that read one tensor are joined) and the quantizations in front
 of them.  A result is compared with the reference op on the same codes, in float32, before it is
-timed; a wrong one ends the run.  Times are medians with a cold L2 cache, variants by turns: our
-kernels have a bias, scales and a bfloat16 result in them, `torch._int_mm` its bare product (of 32
-rows where there are fewer: it takes no less than 17), `torch._scaled_mm` scales by row and column
-and a bias.  `--search` times every tile that a kernel proposes for each shape and keeps the best in
-its tuned.json, before anything is compared.
+timed; a wrong one ends the run.  Times are medians with a cold L2 cache, variants by turns, plain
+launches: our kernels have a bias, scales and a bfloat16 result in them, `torch._int_mm` its bare
+product (of 32 rows where there are fewer: it takes no less than 17), `torch._scaled_mm` scales by
+row and column and a bias.  Layers of torchao and gemlite (gpu_peers.py) start from x in bfloat16;
+beside their dynamic ones stand ours with the quantization of x in front, as `quantize + …`.  The
+float error of all of them is against the float64 product of the layer before it was quantized.
+`--search` times every tile that a kernel proposes for each shape and keeps the best in its
+tuned.json, before anything is compared.
 """
 
 from __future__ import annotations
@@ -16,8 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,9 +29,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_table import FLOAT, INT_MM, SCALED_MM, page
+from gpu_layers import LAYERS, ROWS, Layer
+from gpu_peers import PACKAGES, Floats, baselines, drawn, running, versions
+from gpu_table import FORMATS, QUANTIZE, page
 from torch import Tensor
-from torch.nn import functional
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
@@ -38,51 +42,9 @@ from mpq_fx.passes.lower.triton_device import Device
 
 mpq = torch.ops.mpq
 FILE = Path(__file__).parents[1] / "docs" / "benchmarks" / "gpu.json"
-ROWS = (1, 16, 64, 256, 1024, 4096)
+OURS = ("mpq-fx", "torch", "triton")
 ROUNDS, MS = 5, 20  # each variant is timed in so many turns, for so long
-CHECKED = 64  # rows of a result that are compared: the first, the last, and some between
 Timer = Callable[[Callable[[], Any]], float]  # microseconds of a call
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear of a model: [rows, K] by [N, K]."""
-
-    model: str
-    name: str
-    n: int
-    k: int
-
-
-def layers_of(model: str, sizes: Mapping[str, tuple[int, int]]) -> tuple[Layer, ...]:
-    return tuple(Layer(model, name, *size) for name, size in sizes.items())
-
-
-LAYERS = (
-    *layers_of(
-        "llama-3-8b",
-        {"qkv": (6144, 4096), "out": (4096, 4096), "up": (28672, 4096), "down": (4096, 14336)},
-    ),
-    *layers_of(
-        "qwen2.5-7b",
-        {"qkv": (4608, 3584), "out": (3584, 3584), "up": (37888, 3584), "down": (3584, 18944)},
-    ),
-    *layers_of(
-        "flux",
-        {
-            "qkv": (9216, 3072),
-            "out": (3072, 3072),
-            "up": (12288, 3072),
-            "down": (3072, 12288),
-            "single in": (21504, 3072),
-            "single out": (3072, 15360),
-        },
-    ),
-    *layers_of(
-        "bert-base",
-        {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)},
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -97,9 +59,21 @@ class Timed:
     variant: str  # a choice of the target, or a baseline's name
     kernel: str
     microseconds: float
-    bytes: float  # that have to be moved: operands once, the result once
+    bytes: float | None = None  # to move: operands once, the result once; None of a baseline
     error: float | None = None  # relative RMS against the reference op; None of a baseline
     limit: float | None = None
+    float_error: float | None = None  # relative RMS against the layer in float64
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A baseline that is not installed, or that failed on a layer."""
+
+    model: str
+    layer: str
+    rows: int
+    variant: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -113,16 +87,11 @@ class Operands:
     w_fmt: Format
 
 
-def operands(layer: Layer, rows: int, choice: Choice, device: torch.device) -> Operands:
-    """Of normal numbers, quantized by the reference ops."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
+def operands(floats: Floats, choice: Choice) -> Operands:
+    """A layer quantized by the reference ops."""
     x_fmt, w_fmt = format_named(choice.activation), format_named(choice.weight)
-    w = mpq.quantize_weight(drawn(layer.n, layer.k) / layer.k**0.5, w_fmt.name)
-    x, none = drawn(rows, layer.k), torch.empty(0, device=device)
+    w = mpq.quantize_weight(floats.w.float(), w_fmt.name)
+    x, none = floats.x.float(), torch.empty(0, device=floats.x.device)
     if x_fmt.scale is None:
         codes = (x.to(x_fmt.dtype), none, none.int())
     elif choice.scaling == "dynamic":
@@ -130,7 +99,7 @@ def operands(layer: Layer, rows: int, choice: Choice, device: torch.device) -> O
     else:
         scale, zero = static_scale(x, x_fmt)
         codes = (mpq.quantize(x, scale, zero, x_fmt.name), scale, zero)
-    return Operands(codes, w, drawn(layer.n), x_fmt, w_fmt)
+    return Operands(codes, w, floats.bias.float(), x_fmt, w_fmt)
 
 
 def static_scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -153,18 +122,18 @@ def site_of(layer: Layer, rows: int) -> Site:
     return Site(layer.name, "linear", layer.name, dtype="bfloat16", **shape)
 
 
-def kernel_calls(layer: Layer, rows: int, device: Device, at: torch.device) -> Iterator[Any]:
+def kernel_calls(layer: Layer, floats: Floats, device: Device) -> Iterator[Any]:
     """(choice, kernel, call, operands) of each choice that a kernel takes."""
     from mpq_fx.kernels.linear.triton_epilogue import Epilogue
     from mpq_fx.kernels.linear.triton_linear import Call
     from mpq_fx.kernels.quantize.triton import stored
 
-    site = site_of(layer, rows)
+    site = site_of(layer, len(floats.x))
     for choice in target.CHOICES["linear"]:
         kernel = target.kernel_of(site, choice, device)
         if kernel is None:
             continue
-        given = operands(layer, rows, choice, at)
+        given = operands(floats, choice)
         x, scale, zero = given.x
         packed = kernel.pack(*given.w, given.w_fmt)
         scaled = given.x_fmt.scale is not None
@@ -182,12 +151,11 @@ def kernel_calls(layer: Layer, rows: int, device: Device, at: torch.device) -> I
         yield choice, kernel, call, given
 
 
-def checked(kernel: Any, call: Any, given: Operands) -> tuple[float, float]:
+def checked(kernel: Any, call: Any, given: Operands, rows: Tensor) -> tuple[float, float]:
     """(relative RMS error of the float32 result, what rounding explains); SystemExit above it."""
     from mpq_fx.kernels.linear.triton_linear import in_tuned_tile
 
     exact = replace(call, epilogue=replace(call.epilogue, dtype=torch.float32, bias=given.bias))
-    rows = torch.linspace(0, len(call.x) - 1, min(len(call.x), CHECKED)).long().to(call.x.device)
     right = reference(given, rows).double()
     error = float(
         (kernel.launch(in_tuned_tile(kernel, exact))[rows].double() - right).norm() / right.norm()
@@ -212,69 +180,68 @@ def rounding(call: Any) -> float:
     return inexact + (1 + k**0.5) * 2.0**-24
 
 
-def baselines(
-    layer: Layer, rows: int, at: torch.device, has_float8: bool
-) -> dict[str, Callable[[], Any]]:
-    """What PyTorch itself has for the same layer."""
-    x = torch.randn(rows, layer.k, device=at, dtype=torch.bfloat16)
-    w = torch.randn(layer.n, layer.k, device=at, dtype=torch.bfloat16)
-    bias = torch.randn(layer.n, device=at, dtype=torch.bfloat16)
-    padded = max(rows, 32) if rows < 17 else rows
-    codes = torch.randint(-127, 128, (padded, layer.k), dtype=torch.int8, device=at)
-    weight = torch.randint(-127, 128, (layer.n, layer.k), dtype=torch.int8, device=at).t()
-    found: dict[str, Callable[[], Any]] = {
-        FLOAT: lambda: functional.linear(x, w, bias),
-        INT_MM: lambda: torch._int_mm(codes, weight),
-    }
-    if has_float8:
-        x8, w8 = x.to(torch.float8_e4m3fn), (w / layer.k**0.5).to(torch.float8_e4m3fn).t()
-        scales = torch.ones(rows, 1, device=at), torch.ones(1, layer.n, device=at)
-        found[SCALED_MM] = lambda: torch._scaled_mm(
-            x8, w8, *scales, bias=bias, out_dtype=torch.bfloat16
-        )
-    return found
-
-
-def moved(call: Any) -> float:
-    """Bytes of the operands and of a bfloat16 result."""
-    parts = [call.x, *call.packed]
+def moved(call: Any, x: Tensor | None = None) -> float:
+    """Bytes of the operands, of x instead of its codes where that is given; of a bfloat16 result"""
+    parts = [call.x if x is None else x, *call.packed]
     return sum(t.numel() * t.element_size() for t in parts) + 2.0 * len(call.x) * call.n
 
 
-def running(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """Those that this GPU and this PyTorch can run; of the others the reason is printed."""
-    kept = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except RuntimeError as error:
-            print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            kept[name] = call
-    return kept
+def from_float(x: Tensor, kernel: Any, call: Any) -> Tensor:
+    """The layer from x as it comes: quantized by row, then the kernel."""
+    from mpq_fx.kernels.quantize.triton import launch_dynamic
+
+    codes, scale, _ = launch_dynamic(x, None, call.x_fmt, "none")
+    return kernel.launch(replace(call, x=codes, x_scale=scale.reshape(-1)))
 
 
-def compare(layer: Layer, rows: int, device: Device, at: torch.device, time: Timer) -> list[Timed]:
-    """Every variant of one layer, by turns."""
+Ours = dict[str, tuple[Callable[[], Tensor], dict[str, Any]]]  # {variant: (call, facts)}
+
+
+def ours(layer: Layer, floats: Floats, device: Device) -> Ours:
+    """Each choice that a kernel takes, seen to be right; those that peers have also from floats."""
     from mpq_fx.kernels.linear.triton_linear import in_tuned_tile
 
-    calls = running(baselines(layer, rows, at, "float8" in device.peak))
-    about: dict[str, dict[str, Any]] = {}
-    for choice, kernel, call, given in kernel_calls(layer, rows, device, at):
-        error, limit = checked(kernel, call, given)
-        calls[choice.name] = partial(kernel.launch, in_tuned_tile(kernel, call))
+    found: Ours = {}
+    for choice, kernel, call, given in kernel_calls(layer, floats, device):
+        error, limit = checked(kernel, call, given, floats.checked)
+        cut = in_tuned_tile(kernel, call)
+        run = partial(kernel.launch, cut)
         facts = {"kernel": kernel.name, "bytes": moved(call), "error": error, "limit": limit}
-        about[choice.name] = facts
-    turns = [{name: time(call) for name, call in calls.items()} for _ in range(ROUNDS)]
-    floats = {"kernel": "", "bytes": 2.0 * (rows * (layer.k + layer.n) + layer.n * layer.k)}
-    return [
+        found[choice.name] = run, {**facts, "float_error": floats.error(run())}
+        if choice.name in FORMATS and choice.scaling == "dynamic":
+            run = partial(from_float, floats.x, kernel, cut)
+            facts = {"kernel": f"quantize_dynamic, {kernel.name}", "bytes": moved(call, floats.x)}
+            found[QUANTIZE + choice.name] = run, {**facts, "float_error": floats.error(run())}
+    return found
+
+
+def compare(
+    layer: Layer,
+    rows: int,
+    device: Device,
+    at: torch.device,
+    time: Timer,
+    packages: Sequence[str] = PACKAGES,
+) -> tuple[list[Timed], list[LeftOut]]:
+    """Every variant of one layer, by turns; and the baselines that cannot run."""
+    floats = drawn(layer.n, layer.k, rows, at)
+    kept, left_out = running(baselines(floats, packages), floats)
+    variants: Ours = {
+        name: (each.call, {"kernel": "", "float_error": each.float_error})
+        for name, each in kept.items()
+    }
+    variants |= ours(layer, floats, device)
+    turns = [{name: time(call) for name, (call, _) in variants.items()} for _ in range(ROUNDS)]
+    timed = [
         Timed(
             *(layer.model, layer.name, layer.n, layer.k, rows, name),
             microseconds=median(turn[name] for turn in turns),
-            **about.get(name, floats),
+            **facts,
         )
-        for name in calls
+        for name, (_, facts) in variants.items()
     ]
+    about = layer.model, layer.name, rows
+    return timed, [LeftOut(*about, name, reason) for name, reason in left_out.items()]
 
 
 QUANTIZED = (("int8", "none"), ("int8_asym", "none"), ("int8", "silu"), ("int8", "gelu"))
@@ -310,7 +277,7 @@ def search(layers: Sequence[Layer], rows: Sequence[int], device: Device, at: tor
     found = 0
     for layer in layers:
         for m in rows:
-            for _, kernel, call, _ in kernel_calls(layer, m, device, at):
+            for _, kernel, call, _ in kernel_calls(layer, drawn(layer.n, layer.k, m, at), device):
                 tiles = kernel.configurations(m, layer.n, layer.k, device.machine)
                 cut = [replace(call, tile=tile) for tile in tiles]
                 times = {c.tile: microseconds(partial(kernel.launch, c)) for c in cut}
@@ -345,37 +312,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     made.add_argument("--models", default=",".join(dict.fromkeys(x.model for x in LAYERS)))
     made.add_argument("--rows", default=",".join(map(str, ROWS)))
+    made.add_argument("--peers", default=",".join(PACKAGES), help="packages to stand beside")
     made.add_argument("--search", action="store_true", help="tune the tiles of every shape first")
     made.add_argument("--json", action="store_true", help="print JSON instead of tables")
     made.add_argument("--save", action="store_true", help="write docs/benchmarks/gpu.json and .md")
     options = made.parse_args(arguments)
+    packages = packages_of(options.peers)
     device, at = device_at_hand(), torch.device("cuda")
     layers = [layer for layer in LAYERS if layer.model in options.models.split(",")]
     rows = [int(count) for count in options.rows.split(",")]
     if options.search:
         search(layers, rows, device, at)
-    found = results(layers, rows, device, at, microseconds)
+    found = results(layers, rows, device, at, microseconds, packages)
     if options.save:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         FILE.with_suffix(".md").write_text(page(found))
     print(json.dumps(found, indent=1) if options.json else page(found))
 
 
+def packages_of(names: str) -> list[str]:
+    """The packages named, separated by commas; SystemExit at another."""
+    packages = [name for name in names.split(",") if name]
+    if unknown := [name for name in packages if name not in PACKAGES]:
+        raise SystemExit(f"no peer {', '.join(unknown)}\n  valid  {', '.join(PACKAGES)}")
+    return packages
+
+
 def results(
-    layers: Sequence[Layer], rows: Sequence[int], device: Device, at: torch.device, time: Timer
+    layers: Sequence[Layer],
+    rows: Sequence[int],
+    device: Device,
+    at: torch.device,
+    time: Timer,
+    packages: Sequence[str] = PACKAGES,
 ) -> dict[str, Any]:
     """Everything that was measured, with what it depends on."""
-    timed = [t for layer in layers for m in rows for t in compare(layer, m, device, at, time)]
+    cells = [compare(layer, m, device, at, time, packages) for layer in layers for m in rows]
+    timed = [each for cell, _ in cells for each in cell]
     widths = dict.fromkeys(layer.k for layer in layers)
     timed += [t for k in widths for t in quantizations(k, max(rows), at, time)]
     return {
         "device": torch.cuda.get_device_name() if at.type == "cuda" else str(at),
         "architecture": device.machine.architecture,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: version(name) for name in ("mpq-fx", "torch", "triton")},
+        "versions": {name: version(name) for name in OURS} | versions(packages),
         "cuda": torch.version.cuda,
         "copy_gb_per_s": copy_bandwidth(at, time),
         "timed": [asdict(each) for each in timed],
+        "left_out": [asdict(each) for _, left_out in cells for each in left_out],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 FLOAT, INT_MM, SCALED_MM = "torch bfloat16", "torch._int_mm", "torch._scaled_mm"
 FEW_ROWS = 16  # up to here a linear waits for its weight
 LARGE = 4096  # N and K from here on
+QUANTIZE = "quantize + "  # in front of a choice: from x in bfloat16
+FORMATS = ("int4*bfloat16", "int8*bfloat16", "int8/dynamic", "fp8_e4m3/dynamic")  # that peers have
+PEERS = ("torchao", "torchao-mslk", "gemlite")
 Cell = tuple[str, str, int]  # model, layer, rows
 Row = Mapping[str, Any]
 
@@ -34,7 +38,7 @@ class Bar:
 
 def bars(found: Mapping[str, Any]) -> Iterator[Bar]:
     """What the kernels were built to reach."""
-    cells = by_cell(found["timed"])
+    cells = {cell: alone(rows) for cell, rows in by_cell(found["timed"]).items()}
     copy = found["copy_gb_per_s"]
     yield Bar(
         f"share of the copy bandwidth ({copy:.0f} GB/s), up to {FEW_ROWS} rows and quantizations",
@@ -70,6 +74,12 @@ def by_cell(timed: Sequence[Row]) -> dict[Cell, dict[str, Row]]:
     for row in timed:
         cells.setdefault((row["model"], row["layer"], row["rows"]), {})[row["variant"]] = row
     return cells
+
+
+def alone(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """What computes from codes, and what PyTorch has: neither peers nor what stands beside them."""
+    first = (QUANTIZE, *(f"{peer} " for peer in PEERS))
+    return {name: row for name, row in rows.items() if not name.startswith(first)}
 
 
 def name_of(cell: Cell) -> str:
@@ -121,14 +131,20 @@ def page(found: Mapping[str, Any]) -> str:
         f"Written by `python bench/gpu.py --save` on {found['date']}: {found['device']}"
         f" ({found['architecture']}), {versions}, CUDA {found['cuda']}.",
         "Microseconds are medians with a cold L2 cache, variants by turns; results of ours were",
-        "compared with the reference on the same codes before they were timed.",
+        "compared with the reference on the same codes before they were timed. Dynamic formats",
+        "start from codes, beside torchao and gemlite from bfloat16; errors there are against",
+        "the layer in float64 before it was quantized.",
         "",
         *map(str, bars(found)),
     ]
     cells = by_cell(found["timed"])
     for model in dict.fromkeys(cell[0] for cell in cells):
         mine = {cell: rows for cell, rows in cells.items() if cell[0] == model}
-        lines += ["", f"## {model}", "", *table(mine)]
+        lines += ["", f"## {model}", "", *table({at: alone(rows) for at, rows in mine.items()})]
+        if compared := [*beside(mine)]:
+            lines += ["", "From bfloat16 to bfloat16, bias included:", "", *compared]
+    if found["left_out"]:
+        lines += ["", "## Left out", "", *left_out(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +158,36 @@ def table(cells: Mapping[Cell, Mapping[str, Row]]) -> Iterator[str]:
         first = next(iter(rows.values()))
         shown = [in_words(rows[name], least) if name in rows else "–" for name in names]
         yield f"| {layer} | {first['n']} × {first['k']} | {count} | " + " | ".join(shown) + " |"
+
+
+def beside(cells: Mapping[Cell, Mapping[str, Row]]) -> Iterator[str]:
+    """A line per layer, number of rows and format, a column per package; none without peers."""
+    known = {name for rows in cells.values() for name in rows}
+    peers = [peer for peer in PEERS if any(name.startswith(f"{peer} ") for name in known)]
+    if not peers:
+        return
+    yield "| layer | N × K | rows | format | mpq | " + " | ".join(peers) + " |"
+    yield "|---|---|---:|---|---:|" + "---:|" * len(peers)
+    for (_, layer, count), rows in cells.items():
+        for fmt in FORMATS:
+            ours = rows.get(QUANTIZE + fmt, rows.get(fmt))
+            shown = [ours, *(rows.get(f"{peer} {fmt}") for peer in peers)]
+            least = min((row["microseconds"] for row in shown if row), default=0.0)
+            size = next(f"{row['n']} × {row['k']}" for row in rows.values())
+            words = [with_error(row, least) if row else "–" for row in shown]
+            yield f"| {layer} | {size} | {count} | {fmt} | " + " | ".join(words) + " |"
+
+
+def with_error(row: Row, least: float) -> str:
+    return f"{in_words(row, least)} ({100 * row['float_error']:.2g} %)"
+
+
+def left_out(found: Mapping[str, Any]) -> Iterator[str]:
+    """What could not run, in how many layers and rows, and why."""
+    count = sum(cell[0] != "quantize" for cell in by_cell(found["timed"]))
+    reasons = Counter((each["variant"], each["reason"]) for each in found["left_out"])
+    for (variant, reason), cases in reasons.items():
+        yield f"- {variant}, {cases} of {count} cases: {reason}"
 
 
 def in_words(row: Row, least: float) -> str:
