@@ -19,6 +19,7 @@ from torch import Tensor
 from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
+from mpq_fx.kernels.quantize.triton import is_packed
 from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, machine, roomy
 
 NAME = "int8_linear"
@@ -35,6 +36,7 @@ TILES = {
         Tile(64, 64, 128, 8, 4, 4),
     ),
 }
+CODES = (torch.int8, torch.uint8)
 LARGEST = (1 << 31) - 1  # of an int32 sum
 
 
@@ -43,7 +45,7 @@ def refuse(shape: Shape) -> Iterator[str]:
     x, w = shape.x_fmt, shape.w_fmt
     if w.element != Int(8) or w.block not in (ROW, TENSOR) or not w.symmetric:
         yield f"weights are int8 with a scale per row and no zero point here, not {w}"
-    if x.dtype not in (torch.int8, torch.uint8) or x.block not in (ROW, TENSOR):
+    if x.dtype not in CODES or is_packed(x) or x.block not in (ROW, TENSOR):
         yield f"activations are codes of 8 bits with a scale per row or tensor here, not {x}"
     elif shape.k * w.qmax * (x.qmax - x.qmin) > LARGEST:
         yield f"int32 sums of {shape.k} products of {x} and {w} may overflow"

@@ -227,6 +227,7 @@ def shape_of(x: str = "int8", w: str = "int8", k: int = 64) -> Shape:
         (shape_of(w="int8_g128"), "a scale per row"),
         (shape_of(x="bfloat16"), "activations are codes of 8 bits"),
         (shape_of(x="int8_g128"), "a scale per row or tensor"),
+        (shape_of(x="int4_row"), "activations are codes of 8 bits"),
         (shape_of(x="uint8_tensor", k=70_000), "int32 sums of 70000 products"),
     ],
 )
