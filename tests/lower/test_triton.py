@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATIC = Choice("int8", "uint8_tensor", "static")
 SIGNED = Choice("int8", "int8_tensor", "static")
 DYNAMIC = Choice("int8", "int8", "dynamic")
+PACKED = Choice("int4", "int4_tensor", "static")
 SHIFTED = Choice("int8", "int8_asym", "dynamic")
 PLAIN = {"linear": "mpq_triton.int8_linear", "quantize": "mpq_triton.quantize"}
 
@@ -83,6 +84,16 @@ def test_static_codes_pass_from_kernel_to_kernel(isolated, activation, choice, l
     assert callees(found) == "quantize int8_linear int8_linear int8_linear"
     assert set(found.kernels.values()) == {PLAIN["linear"]}
     assert found.error() <= limit
+
+
+def test_codes_two_in_a_byte_are_written_by_a_quantization_of_their_own(isolated):
+    """A linear stores a code in each byte, and none of another width."""
+    choices = {**triton.CHOICES, "linear": (*triton.CHOICES["linear"], PACKED)}
+    target = replace(triton.on(), choices=choices)
+    x = torch.randn(6, 24, device=DEVICE)
+    found = Lowered(chain(nn.ReLU()).to(DEVICE), x, PACKED, target=target)
+    assert callees(found) == "quantize int4_linear " * 2 + "quantize int4_linear"
+    assert found.error() <= 1e-6
 
 
 @pytest.mark.parametrize("choice", [DYNAMIC, SHIFTED], ids=str)
