@@ -105,12 +105,12 @@ def any_sum_tail_of(node: Node, posts: frozenset[str]) -> Tail | None:
     total, other = sum_of(node)
     if total is None or other is None or value(total).dtype != value(node).dtype:
         return None
-    addend = Addend(other)
-    if chain := dequantization(other):
+    is_float_cast = is_cast(other, value(total).dtype) and is_float(arguments(other)[0])
+    source = arguments(other)[0] if is_float_cast else other
+    addend = Addend(source)
+    if chain := dequantization(source):
         codes, _, steps, wide = chain
         addend = Addend(codes, arguments(wide)[1], arguments(steps)[1])
-    elif is_cast(other, value(total).dtype) and value(arguments(other)[0]).is_floating_point():
-        addend = Addend(arguments(other)[0])
     return replace(tail_of(total, posts), addend=addend)
 
 
@@ -214,6 +214,10 @@ def float_tail_of(node: Node, posts: frozenset[str]) -> Tail:
 
 def is_cast(node: Any, dtype: torch.dtype) -> bool:
     return isinstance(node, Node) and node.target is CAST and node.args[1] == dtype
+
+
+def is_float(node: Node) -> bool:
+    return value(node).is_floating_point()
 
 
 def only_user(node: Node) -> Node | None:

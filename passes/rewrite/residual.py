@@ -39,16 +39,18 @@ def rewrite_residual(
 
 
 def _encoded(gm: GraphModule, anchor: Node, node: Node, choice: Choice, fixed: Any) -> Node:
-    """(codes - zero) * scale of the codes of `node`."""
+    """cast((codes - zero) * scale, dtype of `node`) of its codes; float32 needs no cast."""
     scale = insert_constant(gm, anchor, f"{node.name}_scale", fixed[0])
     zero = insert_constant(gm, anchor, f"{node.name}_zero", fixed[1])
     fmt = format_named(choice.activation)
     codes = insert_call(anchor, mpq.quantize.default, (node, scale, zero, fmt.name))
     steps = insert_call(anchor, CAST, (codes, torch.float32))
     steps = insert_call(anchor, aten.sub.Tensor, (steps, zero))
-    wide = insert_call(anchor, aten.mul.Tensor, (steps, scale))
-    wide.meta[CODES] = codes
-    return wide
+    kept = insert_call(anchor, aten.mul.Tensor, (steps, scale))
+    if value(node).dtype != torch.float32:
+        kept = insert_call(anchor, CAST, (kept, value(node).dtype))
+    kept.meta[CODES] = codes
+    return kept
 
 
 def _narrow_operands(node: Node) -> None:

@@ -83,3 +83,19 @@ def test_a_site_reads_the_codes_of_a_residual_that_is_stored_in_its_own_format(m
     assert cancel_quantize(gm) > 0
     remove_dead(gm)
     assert ops(gm).count("mpq.quantize ") < before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_residual_that_is_stored_as_codes_keeps_its_dtype(dtype, monkeypatch):
+    weights = [w.to(dtype) for w in (WEIGHT, WEIGHT * 0.5, WEIGHT - 0.1)]
+    net = subject(lambda x, *w: residual(x.to(dtype), *w), weights, 2, 4, 6, 6)
+    kept = {site.name: STATIC for site in net.sites if site.op == "residual"}
+    scales = static_scales(observe(net.replay(), net.calls), [UINT8])
+    gm = net.copy
+    assert rewrite(gm, net.sites, kept, scales) == len(kept) > 0
+    predicted = net.replay(scales=scales)
+    for call in net.calls:
+        for got, want in zip(gm(*call), predicted.run(call, kept), strict=True):
+            assert got.dtype == dtype
+            assert torch.equal(got, want)
+    assert cancel_quantize(rewritten(net, STATIC, monkeypatch)) > 0
