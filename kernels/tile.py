@@ -33,6 +33,16 @@ class Tile:
     stages: int = 3
     split_k: int = 1
 
+    def __post_init__(self) -> None:
+        for name, number in asdict(self).items():
+            if type(number) is not int or number < 1:
+                raise ValueError(
+                    f"{name} of a tile is a whole number of at least 1, not {number!r}"
+                )
+        for name in ("block_m", "block_n", "block_k"):
+            if getattr(self, name).bit_count() != 1:
+                raise ValueError(f"{name} of a tile is a power of two, not {getattr(self, name)}")
+
     def shared_bytes(self, x_bytes: float, w_bytes: float) -> float:
         """Shared memory of a pipeline of loads, at so many bytes per value."""
         rows = self.block_m * x_bytes + self.block_n * w_bytes

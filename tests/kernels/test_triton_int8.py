@@ -285,10 +285,22 @@ def test_a_tuned_tile_is_taken_for_its_shape_alone(tmp_path, monkeypatch):
     assert tile(100, 128, 64) == wide
     assert tile(100, 128, 64, activation="gelu") is None, "it leaves no registers for that"
     assert tile(100, 64, 64, activation="gelu") == mine
-    (tmp_path / "tuned.json").write_text(json.dumps({"int8_linear int8": {"x": {"block": 1}}}))
-    tiles.forget()
-    with pytest.raises(ConfigError, match="holds no tiles"):
-        tile(100, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block": 1}, {"block_n": 0}, {"block_k": 96}, {"warps": "4"}, {"stages": 2.0}],
+    ids=str,
+)
+def test_a_file_of_wrong_tiles_is_refused_with_the_reason(tmp_path, monkeypatch, wrong):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr(triton_linear, "TUNED", path)
+    tile = {"block_m": 16, "block_n": 16, "block_k": 32, **wrong}
+    path.write_text(json.dumps({"int8_linear int8": {"interpreter 1 1 1": tile}}))
+    x = torch.ones(1, 1, device=DEVICE)
+    call = Call(x, None, None, (x,), FORMATS["int8"], FORMATS["int8"], 1, Epilogue(torch.float32))
+    with pytest.raises(ConfigError, match=f"holds no tiles: .*{next(iter(wrong))}"):
+        triton_linear.in_tuned_tile(INT8, call)
 
 
 def test_a_call_runs_in_its_tuned_tile(tmp_path, monkeypatch):
