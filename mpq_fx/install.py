@@ -73,6 +73,12 @@ def _lowered(
     mode: str,
 ) -> Installed:
     scales = scales_of(plan, binding.site_names)
+    for name, choice in choices.items():
+        if choice.scaling == "static" and (name, choice.activation) not in scales:
+            raise PlanError(
+                f"{binding.site_names[name]}: the plan has no static scale for {choice}",
+                fix="load the plan as mpq-fx wrote it, or tune again",
+            )
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         return lower(graph, target, binding.values(), choices, scales, mode)[0]
 

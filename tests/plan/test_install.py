@@ -12,6 +12,7 @@ from torch import nn
 import mpq_fx
 from mpq_fx import passes
 from mpq_fx.errors import PlanError
+from mpq_fx.facts import Choice
 from mpq_fx.passes.lower.reference import REFERENCE
 
 
@@ -37,6 +38,7 @@ def net() -> nn.Module:
 
 
 FORMATS = ["int8"]
+STATIC = Choice("int8", "uint8_tensor", "static")
 OPTIONS = {
     "formats": FORMATS,
     "target": "reference",
@@ -65,3 +67,12 @@ def test_a_plan_that_the_machine_refuses_in_its_own_shape_is_refused(isolated, f
     few_rows[0] = 1
     with pytest.raises(PlanError, match="int8 is for 1 rows"), torch.inference_mode():
         mpq_fx.apply(net, plan)(batches[0])
+
+
+def test_a_static_choice_without_its_scale_is_an_error_of_the_plan(isolated, net):
+    config = mpq_fx.Config(target="reference", objective="size", tolerance=0.1, formats=FORMATS)
+    batches = [torch.randn(2, 32) for _ in range(4)]
+    plan = mpq_fx.tune(net, batches, config=config, progress=False)
+    edited = replace(plan, choices=dict.fromkeys(plan.choices, STATIC), tensors={})
+    with torch.inference_mode(), pytest.raises(PlanError, match="0: the plan has no static scale"):
+        mpq_fx.apply(net, edited)(batches[0])
