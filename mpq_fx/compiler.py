@@ -41,6 +41,7 @@ from mpq_fx.passes.analyze.metric import LossMetric
 from mpq_fx.passes.analyze.replay import is_measurable
 from mpq_fx.passes.analyze.sites import find_sites
 from mpq_fx.passes.analyze.work import Work
+from mpq_fx.passes.lower.target import available
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_under, naming_root, site_names
 from mpq_fx.search import Judge, search
@@ -166,8 +167,12 @@ def welcome(
 
 
 def check_names(config: Config) -> None:
-    """What plug-ins may add to is known by now, and an unknown name refused before any work."""
-    target_named(config.target, config.device)
+    """What plug-ins may add to is known by now: refused before any call is observed are unknown
+    names, and a target that cannot run here, unless the model is to run on in float.
+    """
+    target = target_named(config.target, config.device)
+    if config.on_error == "raise":
+        available(target, target.tensors[0])
     check_loss(config)
     SOLVERS.named(config.solver)
     if reasons := "; ".join(SEARCHES.named(config.search).refuse(config)):

@@ -107,7 +107,8 @@ def available(target: Target, tensors: str = "cpu") -> Target:
     """
     if reason := target.unavailable():
         raise UnsupportedError(
-            f"target {target.name!r} is not available: {reason}", fix='options={"target": "auto"}'
+            f"target {target.name!r} is not available: {reason}",
+            fix='options={"target": "auto"} plans for this machine, "reference" runs any plan slowly',
         )
     if tensors not in target.tensors:
         wanted = " or ".join(target.tensors)

@@ -77,7 +77,7 @@ CODED = (
 )
 RUN = "roofline, run in the interpreter"
 LEAST = (8, 0)  # compute capability: int8 and bfloat16 in tensor cores
-NO_TRITON = "the package triton is not installed"
+NO_TRITON = "the package triton is not installed: pip install triton"
 NO_GPU = (
     'PyTorch sees no NVIDIA GPU; options={"device": "h100"} plans for one by its roofline, and '
     "with TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly"
@@ -126,7 +126,7 @@ def on(name: str | None = None) -> Target:
     here = device_at_hand()
     if here is not None and name in (None, here.name):
         return _measuring(here)
-    device = device_named(name) if name else ASSUMED
+    device = ASSUMED if name is None else device_named(name)
     target = replace(_predicting(device), unavailable=_unplannable if name else unavailable)
     if is_interpreted():
         return replace(target, lower=partial(lower, device), facts=partial(facts, device, RUN))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -112,10 +113,26 @@ def test_without_interpreter_and_gpu_a_named_device_is_planned_on_the_reference(
         available(target_named("triton"))
 
 
+@pytest.mark.parametrize("on_error", ["raise", "float"])
+def test_a_target_that_cannot_run_here_is_refused_at_the_first_call(
+    isolated, monkeypatch, on_error
+):
+    monkeypatch.setattr(triton, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = {"target": "triton", "on_error": on_error}
+    compiled = torch.compile(net_of(), backend="mpq", options=options)
+    refused = (
+        pytest.raises(UnsupportedError, match="no NVIDIA GPU") if on_error == "raise" else None
+    )
+    with torch.inference_mode(), refused or nullcontext():
+        compiled(torch.randn(3, 24))
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         ({"target": "triton", "device": "h10"}, "unknown device 'h10'"),
+        ({"target": "triton", "device": ""}, "unknown device ''"),
         ({"target": "cpu", "device": "h100"}, "target 'cpu' plans for the machine at hand only"),
         ({"target": "reference", "device": "h100"}, "target 'reference' plans for the machine"),
         ({"device": "h100"}, "plans for the machine at hand only"),
