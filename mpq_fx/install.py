@@ -91,7 +91,7 @@ def warn_of_machine(plan: Plan, target: Target) -> None:
     differences = [f"{k} {there[k]}, here {v}" for k, v in here.items() if there.get(k, v) != v]
     if differences:
         log.warning(
-            "the plan was measured on another machine (%s): what it says of milliseconds does not "
+            "the plan is from another machine (%s): what it says of milliseconds does not "
             "hold; mpq_fx.tune(model, batches) plans for this one",
             "; ".join(differences),
         )
