@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from mpq_fx.facts import Plan, Row
 from mpq_fx.front import seen_error
+from mpq_fx.remeasured import is_predicted
 from mpq_fx.report import (
     Entry,
     Report,
@@ -127,7 +128,7 @@ def _pictures(plan: Plan, kinds: Mapping[str, str]) -> list[Picture]:
     if any(row.predicted_error for row in ledger):
         drawn.append(_errors(ledger, kinds))
     if any(row.ms_after is not None for row in ledger):
-        drawn.append(_latency(ledger, kinds))
+        drawn.append(_latency(plan, kinds))
     if any(bits(row) for row in ledger):
         drawn.append(_bits(ledger, kinds))
     return drawn
@@ -207,7 +208,7 @@ def _errors(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
     )
 
 
-def _latency(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
+def _latency(plan: Plan, kinds: Mapping[str, str]) -> Picture:
     bars = [
         Bar(
             row.site.name,
@@ -216,15 +217,16 @@ def _latency(ledger: tuple[Row, ...], kinds: Mapping[str, str]) -> Picture:
             f"{row.site.name}: {row.ms_before or 0.0:.3g} -> {row.ms_after or 0.0:.3g} ms",
             row.ms_before or 0.0,
         )
-        for row in ledger
+        for row in plan.ledger
     ]
     before, after = (
         sum(x or 0.0 for x in xs)
-        for xs in zip(*((row.ms_before, row.ms_after) for row in ledger), strict=True)
+        for xs in zip(*((row.ms_before, row.ms_after) for row in plan.ledger), strict=True)
     )
+    how = "predicted, not measured" if is_predicted(plan) else "timed alone"
     return Picture(
         "Latency per site",
-        f"Each site timed alone: {before:.3g} ms before (pale), {after:.3g} ms after, in all.",
+        f"Each site {how}: {before:.3g} ms before (pale), {after:.3g} ms after, in all.",
         Markup(columns("Milliseconds per site, before and after", bars, "ms")),
     )
 

@@ -118,9 +118,9 @@ COLUMNS = (
     Column("ms", 11, 11, lambda row, *_: _change(row), "right"),
     Column(
         "kernel",
-        17,
+        18,
         0,
-        lambda row, *_: row.kernel.removesuffix(".default").rpartition(".")[2][:17],
+        lambda row, *_: row.kernel.removesuffix(".default").rpartition(".")[2][:18],
         wide=True,
     ),
     Column("why", 6, 5, _numbers),
@@ -158,7 +158,7 @@ def _race(plan: Plan) -> Iterator[RenderableType]:
             _verdict(plan, name),
             style="bold" if name == plan.winner else "",
         )
-    yield _title("Raced end to end")
+    yield _title("Raced end to end" if plan.latency_ms else "End to end, without a race")
     yield table
 
 

@@ -215,7 +215,7 @@ def test_explain_prints_and_renders_a_run_of_the_whole_pipeline(isolated, model,
         compiled(batch(1))
     report = mpq_fx.explain(compiled)
     text = str(report)
-    for part in ("up", "head", "linear", "proved best", "Coverage", "Raced end to end"):
+    for part in ("up", "head", "linear", "proved best", "Coverage", "End to end, without"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 120
     page = report.to_html(tmp_path / "report.html").read_text()

@@ -108,7 +108,7 @@ def available(target: Target, tensors: str = "cpu") -> Target:
     if reason := target.unavailable():
         raise UnsupportedError(
             f"target {target.name!r} is not available: {reason}",
-            fix='options={"target": "auto"} plans for this machine, "reference" runs any plan slowly',
+            fix='options={"target": "auto"} plans for this machine, "reference" runs any plan',
         )
     if tensors not in target.tensors:
         wanted = " or ".join(target.tensors)

@@ -25,6 +25,7 @@ from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.passes.lower.target import available
 from mpq_fx.passes.lower.triton_device import DEVICES, LAUNCH, device_called, roofline
 from mpq_fx.registry import bindings_of
+from mpq_fx.report import report_of
 from tests.lowered import Lowered
 
 BF16 = Choice("bfloat16", "bfloat16")
@@ -37,16 +38,22 @@ def net_of() -> nn.Module:
 
 
 def test_a_plan_for_an_absent_device_is_predicted_and_says_so(isolated, caplog, tmp_path):
-    net = net_of()
+    net, cache = net_of(), tmp_path / "cache"
+    cache.mkdir()
     batches = [torch.randn(16, 24) for _ in range(4)]
-    config = mpq_fx.Config(target="triton", device="h200", tolerance=0.05, cache_dir=tmp_path)
+    config = mpq_fx.Config(target="triton", device="h200", tolerance=0.05, cache_dir=cache)
     plan = mpq_fx.tune(net, batches, config=config, progress=False)
     assert "latency is predicted by a roofline of h200, not measured" in plan.notes
     assert plan.provenance["target"]["device"] == "h200"
     assert plan.provenance["target"]["latency"].startswith("roofline")
     assert plan.tables["latency"].metric == "a roofline of h200"
     assert not plan.latency_ms, "no race without the device"
-    assert not list(tmp_path.iterdir()), "a prediction is no measurement to be kept"
+    report = report_of([("graph 0", plan, "")])
+    assert "End to end, without a race" in str(report)
+    page = report.to_html(tmp_path / "report.html").read_text()
+    assert "Each site predicted, not measured: " in page
+    assert "timed alone" not in page
+    assert not list((tmp_path / "cache").iterdir()), "a prediction is no measurement to be kept"
     caplog.set_level(logging.WARNING, logger="mpq_fx")
     config = mpq_fx.Config(target="triton", device="a100")
     with torch.inference_mode():
