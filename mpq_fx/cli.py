@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,7 @@ def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **g
     def make(is_first: bool) -> tuple[Any, Any]:
         return _made(model, batches, _recipe(synthetic, batches), progress=is_first and not quiet)
 
-    with launched(make) as (is_first, (net, inputs)):
+    with _resumable(asked["checkpoint"]), launched(make) as (is_first, (net, inputs)):
         if not is_first:
             _log_to_stderr(logging.ERROR)
         asked |= {name: asked[name] and _load(asked[name]) for name in ("metric", "loss")}
@@ -351,6 +352,17 @@ def _made(
             "--synthetic distilled:32x3x224x224 or random_tokens:8x128",
         )
     return net, inputs
+
+
+@contextmanager
+def _resumable(checkpoint: Path | None) -> Iterator[None]:
+    """Behind Ctrl-C say how a tune goes on, or how it could have."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = f"goes on from {checkpoint}" if checkpoint else "would go on with --checkpoint FILE"
+        click.echo(f"interrupted: the same command {how}", err=True)
+        raise
 
 
 def _is_factory(made: Any) -> bool:

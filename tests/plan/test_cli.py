@@ -262,6 +262,21 @@ def test_bench_and_demo_hand_over(run, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [((), "would go on with --checkpoint FILE"), (("--checkpoint", "kept"), "goes on from kept")],
+    ids=["", "checkpoint"],
+)
+def test_a_tune_that_is_interrupted_says_how_it_goes_on(run, nets, monkeypatch, asked, told):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mpq_fx, "tune", interrupted)
+    done = run("tune", "nets:both", "-o", "p.json", *asked)
+    assert done.exit_code == 1
+    assert f"interrupted: the same command {told}" in done.stderr
+
+
 def test_doctor_names_versions_targets_and_their_choices(run):
     done = run("doctor")
     assert done.exit_code == 0, done.output
