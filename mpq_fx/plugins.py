@@ -72,9 +72,10 @@ def declared(group: str, own: frozenset[str]) -> Mapping[str, EntryPoint]:
         if entry.name in found:
             holder = package(found[entry.name])
         if holder is not None:
+            uninstall = "" if entry.dist is None else f"pip uninstall {package(entry)}, or "
             raise PluginError(
                 f"{holder} and {package(entry)} both name {entry.name!r} in mpq_fx.{group}",
-                fix=f"pip uninstall {package(entry)}, or rename it there",
+                fix=f"{uninstall}rename it there",
             )
         found[entry.name] = entry
     return found

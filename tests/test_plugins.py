@@ -145,6 +145,11 @@ def test_a_plug_in_can_be_tried_without_a_package(install):
     with pytest.raises(PluginError, match="this process and tiny_metric both name 'volume'"):
         METRICS.named("auto")
     plugins.forget()
+    plugins.add("metrics", "kl", "tiny_metric:volume")
+    with pytest.raises(PluginError, match="mpq-fx and this process both name 'kl'") as found:
+        METRICS.named("auto")
+    assert found.value.fix == "rename it there", "no package to uninstall"
+    plugins.forget()
     assert "tried" not in METRICS
 
 
