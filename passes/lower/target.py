@@ -92,7 +92,13 @@ def _is_permitted(choice: Choice, permitted: tuple[str, ...]) -> bool:
 def placed(target: Target, device: str | None) -> Target:
     """The target on a device that is named, or on the one at hand."""
     if target.on is not None:
-        return target.on(device)
+        found = target.on(device)
+        if found.name != target.name:
+            raise ConfigError(
+                f"target {target.name!r} has the `on` of target {found.name!r}, and turns into that",
+                fix="on=None in its replace(...), or a function of its own",
+            )
+        return found
     if device is not None:
         raise ConfigError(
             f"device={device!r}: target {target.name!r} plans for the machine at hand only",

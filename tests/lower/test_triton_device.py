@@ -22,7 +22,8 @@ from mpq_fx.passes import TARGETS, target_named
 from mpq_fx.passes.lower import triton
 from mpq_fx.passes.lower.onednn import ONEDNN
 from mpq_fx.passes.lower.reference import REFERENCE
-from mpq_fx.passes.lower.target import available
+from mpq_fx.passes.lower.target import available, placed
+from mpq_fx.passes.lower.triton import TRITON
 from mpq_fx.passes.lower.triton_device import DEVICES, LAUNCH, device_called, roofline
 from mpq_fx.registry import bindings_of
 from mpq_fx.report import report_of
@@ -150,6 +151,15 @@ def test_a_device_has_to_be_known_and_of_a_target_that_plans_for_it(isolated, op
     with pytest.raises(ConfigError, match=error) as found:
         mpq_fx.tune(net_of(), [torch.randn(2, 24)], config=config, progress=False)
     assert "h100" in found.value.fix
+
+
+def test_a_target_made_of_another_does_not_turn_into_that_one_on_a_device():
+    made = replace(TRITON, name="mine", choices={"linear": (BF16,)})
+    for device in (None, "h100"):
+        with pytest.raises(ConfigError, match="'mine' has the `on` of target 'triton'"):
+            placed(made, device)
+    alone = replace(made, on=None)
+    assert placed(alone, None) is alone
 
 
 def test_auto_takes_a_target_that_computes_where_the_model_is(monkeypatch):
