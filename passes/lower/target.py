@@ -95,7 +95,7 @@ def placed(target: Target, device: str | None) -> Target:
         found = target.on(device)
         if found.name != target.name:
             raise ConfigError(
-                f"target {target.name!r} has the `on` of target {found.name!r}, and turns into that",
+                f"target {target.name!r} has the `on` of target {found.name!r} and turns into it",
                 fix="on=None in its replace(...), or a function of its own",
             )
         return found
