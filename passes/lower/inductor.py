@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from mpq_fx.passes.lower.gemm_templates import recording
@@ -60,7 +61,9 @@ def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) ->
     from torch._inductor.compile_fx import compile_fx
 
     kernels = kernels_of(mode)
-    settings = {**(TEMPLATES if kernels else FROZEN), "cpp_wrapper": mode.endswith(WRAPPER)}
+    # The wrapper in C++ takes a size that is an input for None (torch 2.13); it only saves time.
+    is_wrapped = mode.endswith(WRAPPER) and all(isinstance(x, Tensor) for x in example_inputs)
+    settings = {**(TEMPLATES if kernels else FROZEN), "cpp_wrapper": is_wrapped}
     dtypes = OPERANDS.get(kernels, frozenset())
     with (
         torch.no_grad(),

@@ -13,6 +13,7 @@ import mpq_fx
 from mpq_fx import passes
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Choice
+from mpq_fx.passes.lower.inductor import WRAPPER
 from mpq_fx.passes.lower.reference import REFERENCE
 
 
@@ -76,3 +77,28 @@ def test_a_static_choice_without_its_scale_is_an_error_of_the_plan(isolated, net
     edited = replace(plan, choices=dict.fromkeys(plan.choices, STATIC), tensors={})
     with torch.inference_mode(), pytest.raises(PlanError, match="0: the plan has no static scale"):
         mpq_fx.apply(net, edited)(batches[0])
+
+
+class Positions(nn.Module):
+    """Uses the size of its batch itself, as the positions of a language model do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1]).expand(x.shape[0], -1)
+        return self.linear(x) * at.unsqueeze(-1)
+
+
+def test_a_plan_with_a_wrapper_in_cpp_runs_in_any_batch(isolated):
+    torch.manual_seed(0)
+    model, batches = Positions().eval(), [torch.randn(n, 6, 32) for n in (2, 2, 2, 2, 3, 5)]
+    wishes = {"objective": "size", "tolerance": None, "max_size": "0.9x", "formats": ["bfloat16"]}
+    config = mpq_fx.Config(target="cpu", **wishes)
+    plan = mpq_fx.tune(model, batches[:4], config=config, progress=False)
+    rows = tuple(replace(row, mode=WRAPPER) for row in plan.ledger)
+    applied = mpq_fx.apply(model, replace(plan, ledger=rows))
+    with torch.inference_mode():
+        for x in batches:
+            torch.testing.assert_close(applied(x), model(x), rtol=0.05, atol=0.05)
