@@ -57,11 +57,15 @@ OLDEST = (8, 9)  # the architecture from which on tensor cores multiply 8-bit fl
 EXACT = ("sm_100", "sm_103")  # whose tensor cores sum in float32 all the way
 
 
-def refuse(shape: Shape) -> Iterator[str]:
+def refuse_formats(x: Format, w: Format) -> Iterator[str]:
     """Why this linear is not for tensor cores of 8-bit floats."""
-    for fmt, what in ((shape.x_fmt, "activations"), (shape.w_fmt, "weights")):
+    for fmt, what in ((x, "activations"), (w, "weights")):
         if not fmt.has_float_codes or fmt.element.bits != 8 or fmt.block not in (ROW, TENSOR):
             yield f"{what} are 8-bit floats with a scale per row or tensor here, not {fmt}"
+
+
+def refuse_shape(shape: Shape) -> Iterator[str]:
+    """Where there are no such tensor cores."""
     if not multiplies_float8(shape.machine):
         yield f"{shape.machine.architecture} multiplies no 8-bit floats; sm_89 and later do"
 
@@ -199,4 +203,4 @@ def launch(call: Call) -> Tensor:
     return y
 
 
-FLOAT8 = define(LinearKernel(NAME, refuse, pack, launch, configurations))
+FLOAT8 = define(LinearKernel(NAME, refuse_formats, refuse_shape, pack, launch, configurations))

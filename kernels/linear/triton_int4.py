@@ -51,9 +51,8 @@ UNIT = 32  # 4-bit codes in 16 bytes
 LARGEST = (1 << 31) - 1  # of an int32 sum
 
 
-def refuse(shape: Shape) -> Iterator[str]:
+def refuse_formats(x: Format, w: Format) -> Iterator[str]:
     """Why this linear is not one of 4-bit weights and int8 or int4 activations."""
-    x, w = shape.x_fmt, shape.w_fmt
     group = w.progressive.block if w.progressive else w.block
     if (w.element != Int(4) and not w.progressive) or w.block == TENSOR:
         yield f"weights have codes of 4 bits here, with scales of rows or groups, not {w}"
@@ -63,7 +62,12 @@ def refuse(shape: Shape) -> Iterator[str]:
         yield f"activations are int8 or int4 without a zero point here, not {x}"
     elif x.block > 0 and x.block % UNIT:
         yield f"groups are multiples of {UNIT} here, and those of {x} are {x.block}"
-    elif max(x.block, w.block) <= 0 and shape.k * 127 * 128 > LARGEST:  # else each has its own sum
+
+
+def refuse_shape(shape: Shape) -> Iterator[str]:
+    """Where a sum does not fit; that of a group does."""
+    x, w = shape.x_fmt, shape.w_fmt
+    if max(x.block, w.block) <= 0 and shape.k * 127 * 128 > LARGEST:
         yield f"int32 sums of {shape.k} products of {x} and {w} may overflow"
 
 
@@ -260,4 +264,4 @@ def words_of(call: Call) -> Tensor:
     return call.x.contiguous().flatten().view(torch.int32).view(len(call.x), call.k // 8)
 
 
-INT4 = define(LinearKernel(NAME, refuse, pack, launch, configurations))
+INT4 = define(LinearKernel(NAME, refuse_formats, refuse_shape, pack, launch, configurations))

@@ -40,14 +40,18 @@ CODES = (torch.int8, torch.uint8)
 LARGEST = (1 << 31) - 1  # of an int32 sum
 
 
-def refuse(shape: Shape) -> Iterator[str]:
+def refuse_formats(x: Format, w: Format) -> Iterator[str]:
     """Why this linear is not for int8 tensor cores."""
-    x, w = shape.x_fmt, shape.w_fmt
     if w.element != Int(8) or w.block not in (ROW, TENSOR) or not w.symmetric:
         yield f"weights are int8 with a scale per row and no zero point here, not {w}"
     if x.dtype not in CODES or is_packed(x) or x.block not in (ROW, TENSOR):
         yield f"activations are codes of 8 bits with a scale per row or tensor here, not {x}"
-    elif shape.k * w.qmax * (x.qmax - x.qmin) > LARGEST:
+
+
+def refuse_shape(shape: Shape) -> Iterator[str]:
+    """Where a sum does not fit."""
+    x, w = shape.x_fmt, shape.w_fmt
+    if shape.k * w.qmax * (x.qmax - x.qmin) > LARGEST:
         yield f"int32 sums of {shape.k} products of {x} and {w} may overflow"
 
 
@@ -165,4 +169,4 @@ def launch(call: Call) -> Tensor:
     return y
 
 
-INT8 = define(LinearKernel(NAME, refuse, pack, launch, configurations))
+INT8 = define(LinearKernel(NAME, refuse_formats, refuse_shape, pack, launch, configurations))

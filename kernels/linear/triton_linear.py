@@ -80,12 +80,18 @@ class LinearKernel:
     """One kernel of mpq::linear; plain functions."""
 
     name: str
-    refuse: Callable[[Shape], Iterator[str]]  # why not this linear
+    refuse_formats: Callable[[Format, Format], Iterator[str]]  # of x and w: what it is not for
+    refuse_shape: Callable[[Shape], Iterator[str]]  # why not this linear, in formats that it is for
     # (codes [N, K], scale, zero, format) -> new tensors, whose layout is the kernel's own business
     pack: Callable[[Tensor, Tensor, Tensor, Format], tuple[Tensor, ...]]
     launch: Callable[[Call], Tensor]  # [rows, N], both above 0, in call.tile or a tile of its own
     # (M, N, K, machine) -> what a search tries
     configurations: Callable[[int, int, int, Machine], tuple[Tile, ...]]
+
+    def refuse(self, shape: Shape) -> Iterator[str]:
+        """Why not this linear."""
+        reasons = tuple(self.refuse_formats(shape.x_fmt, shape.w_fmt))
+        yield from reasons or self.refuse_shape(shape)
 
 
 def in_tuned_tile(kernel: LinearKernel, call: Call) -> Call:

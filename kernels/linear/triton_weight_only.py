@@ -50,9 +50,8 @@ TILES = {
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def refuse(shape: Shape) -> Iterator[str]:
+def refuse_formats(x: Format, w: Format) -> Iterator[str]:
     """Why this linear is not one of integer weights alone."""
-    x, w = shape.x_fmt, shape.w_fmt
     if not isinstance(w.element, Int) or not w.element.signed:
         yield f"weights are signed integers here, not {w}"
     if w.progressive:
@@ -61,6 +60,11 @@ def refuse(shape: Shape) -> Iterator[str]:
         yield f"groups are multiples of 16 here, and those of {w} are {w.block}"
     if x.scale is not None or x.dtype not in FLOATS:
         yield f"activations are bfloat16, float16 or float32 here, not {x}"
+
+
+def refuse_shape(shape: Shape) -> Iterator[str]:
+    """Every size has a tile."""
+    yield from ()
 
 
 def pack(w: Tensor, scale: Tensor, zero: Tensor, fmt: Format) -> tuple[Tensor, ...]:
@@ -267,4 +271,4 @@ def launch(call: Call) -> Tensor:
     return y
 
 
-WEIGHT_ONLY = define(LinearKernel(NAME, refuse, pack, launch, configurations))
+WEIGHT_ONLY = define(LinearKernel(NAME, refuse_formats, refuse_shape, pack, launch, configurations))

@@ -1,8 +1,9 @@
 """node of one op  ->  another callee: the first kernel, best first, that does not refuse it
 
-A kernel says why it does not take a node, which the ledger tells; then the next one is asked.  The
-kernels of a target stand in its files under passes/lower.  A plug-in kernel is a Kernel behind an
-entry point of the group mpq_fx.kernels, and goes in front of them.
+A kernel says why it does not take a node, which the ledger tells; then the next one is asked.  One
+that is for other formats is not asked at all.  The kernels of a target stand in its files under
+passes/lower.  A plug-in kernel is a Kernel behind an entry point of the group mpq_fx.kernels, and
+goes in front of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def itself(node: Node) -> Node:
     return node
 
 
+def always(node: Node) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One callee for one op on one target."""
@@ -36,6 +41,7 @@ class Kernel:
     lower: Callable[[GraphModule, Node], Node]  # inserts the callee, returns its result
     # The node whose readers get the result: of what the kernel also computes, the last
     last: Callable[[Node], Node] = itself
+    is_for: Callable[[Node], bool] = always  # a node of such formats: others are not worth a word
 
 
 def choose(gm: GraphModule, kernels: Mapping[str, Kernel]) -> Lowered:
@@ -43,7 +49,8 @@ def choose(gm: GraphModule, kernels: Mapping[str, Kernel]) -> Lowered:
     taken: dict[str, str] = {}
     refusals: dict[str, dict[str, tuple[str, ...]]] = {}
     for name, kernel in kernels.items():
-        for node in gm.graph.find_nodes(op="call_function", target=kernel.op):
+        found = gm.graph.find_nodes(op="call_function", target=kernel.op)
+        for node in filter(kernel.is_for, found):
             sites = () if kernel.op in SERVING else node.meta.get(SITE, ())
             if reasons := tuple(kernel.refuse(node)):
                 for site in sites:

@@ -16,13 +16,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import SITE, clone, is_weight, where
+from mpq_fx.graph import clone, is_weight, where
 from mpq_fx.kernels.tile import Machine, machine
 from mpq_fx.passes.lower.kernel import choose
 from mpq_fx.passes.lower.reference import compile_eager
@@ -202,9 +202,9 @@ def refuse(device: Device, site: Site, choice: Choice) -> Iterator[str]:
 
 def nearest_refusals(shape: Shape) -> list[str]:
     """Of the kernels that have least against a linear: what the others lack is no news."""
-    reasons = {kernel.name: [*kernel.refuse(shape)] for kernel in linear_kernels()}
-    least = min(map(len, reasons.values()))
-    return [f"{name}: {'; '.join(own)}" for name, own in reasons.items() if len(own) == least]
+    found = {kernel.name: [*kernel.refuse(shape)] for kernel in linear_kernels()}
+    least = min(map(len, found.values()))
+    return [f"{name}: {'; '.join(own)}" for name, own in found.items() if len(own) == least]
 
 
 def is_for_kernels(site: Site, choice: Choice) -> bool:
@@ -244,13 +244,23 @@ def lower(device: Device, gm: GraphModule, mode: str) -> Lowered:
     lowered = choose(gm, kernels(device.machine))
     for node in gm.graph.nodes:
         if node.target in CODED and not is_weight(node):
-            reasons = [lowered.refusals.get(site, {}) for site in node.meta.get(SITE, ())]
             raise UnsupportedError(
-                f"no kernel of {NAME} runs {node.target}: {reasons}",
+                f"no kernel of {NAME} runs {node.target}: {'; '.join(reasons(node, device))}",
                 at=where(node),
                 fix="another format for this layer: formats={...}",
             )
     return lowered
+
+
+def reasons(node: Node, device: Device) -> list[str]:
+    """Why no kernel takes it, of the linear ones those that have least against it."""
+    from mpq_fx.passes.lower.triton_kernels import kernels
+    from mpq_fx.passes.lower.triton_linear import shape_of
+
+    if node.target is mpq.linear.default:
+        return nearest_refusals(shape_of(node, device.machine))
+    able = {name: k for name, k in kernels(device.machine).items() if k.op is node.target}
+    return [f"{name}: {'; '.join(kernel.refuse(node))}" for name, kernel in able.items()]
 
 
 def planned(device: Device, gm: GraphModule, mode: str) -> Lowered:

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
-from mpq_fx.formats import format_named
+from mpq_fx.formats import Format, format_named
 from mpq_fx.graph import arguments, insert_call, value
 from mpq_fx.kernels.linear.triton_linear import LinearKernel, Shape
 from mpq_fx.kernels.quantize.triton import is_packed
@@ -36,7 +36,10 @@ def linear_kernel(kernel: LinearKernel, machine: Machine, target: str) -> Kernel
     def lower(gm: GraphModule, node: Node) -> Node:
         return lower_linear(node, kernel.name)
 
-    return Kernel(target, mpq.linear.default, refuse, lower, last)
+    def is_for(node: Node) -> bool:
+        return not any(kernel.refuse_formats(*formats_of(node)))
+
+    return Kernel(target, mpq.linear.default, refuse, lower, last, is_for)
 
 
 def last(node: Node) -> Node:
@@ -53,12 +56,17 @@ def tail_for(node: Node) -> Tail:
 
 def shape_of(node: Node, machine: Machine) -> Shape:
     """What kernels decide by."""
-    x, scale, _, w, *_, x_fmt, w_fmt, _ = arguments(node)
+    x, scale, _, w, *_, x_fmt, _, _ = arguments(node)
     sizes = value(x).shape[:-1]
     rows = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
     n, k = value(w).shape
-    formats = format_named(x_fmt), format_named(w_fmt)
-    return Shape(*formats, rows, n, k, machine, scaling_of(x_fmt, scale))
+    return Shape(*formats_of(node), rows, n, k, machine, scaling_of(x_fmt, scale))
+
+
+def formats_of(node: Node) -> tuple[Format, Format]:
+    """Of the activation and of the weight."""
+    *_, x_fmt, w_fmt, _ = arguments(node)
+    return format_named(x_fmt), format_named(w_fmt)
 
 
 def scaling_of(x_fmt: str, scale: Node) -> str:
