@@ -260,7 +260,8 @@ def reasons(node: Node, device: Device) -> list[str]:
     if node.target is mpq.linear.default:
         return nearest_refusals(shape_of(node, device.machine))
     able = {name: k for name, k in kernels(device.machine).items() if k.op is node.target}
-    return [f"{name}: {'; '.join(kernel.refuse(node))}" for name, kernel in able.items()]
+    found = [f"{name}: {'; '.join(kernel.refuse(node))}" for name, kernel in able.items()]
+    return found or ["it has none for this op"]
 
 
 def planned(device: Device, gm: GraphModule, mode: str) -> Lowered:

@@ -18,7 +18,7 @@ from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, in_tuned_tile
 from mpq_fx.kernels.quantize.triton import stored
 from mpq_fx.passes.lower import aten_cost
-from mpq_fx.passes.lower.triton_device import LAUNCH, Device, moving, numel
+from mpq_fx.passes.lower.triton_device import LAUNCH, Device, moving, numel, resolved
 
 MS = 20  # of calls that are timed
 FLOATS = {
@@ -98,7 +98,7 @@ def predicted_conversion(site: Site, before: Choice | None, after: Choice, devic
     if not is_converted(site, before, after):
         return 0.0
     bits = 8 * written(site, before).itemsize + format_named(after.activation).element.bits
-    return moving(bits * numel(site.input_shape), device) + LAUNCH
+    return resolved(moving(bits * numel(site.input_shape), device) + LAUNCH)
 
 
 def is_converted(site: Site, before: Choice | None, after: Choice) -> bool:

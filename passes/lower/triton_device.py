@@ -17,6 +17,7 @@ from mpq_fx.kernels.tile import Machine
 
 KB = 1024
 LAUNCH = 0.003  # ms from one kernel of a stream to the next
+RESOLUTION = LAUNCH / 10  # ms that a roofline knows: no plan is worth an error for less
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ def roofline(site: Site, choice: Choice, device: Device) -> float:
     """ms of one site: all of its operations, and each of its operands read or written once."""
     computing = 2e-12 * operations(site) / device.peak[arithmetic(choice)]
     moved = activation_bits(site, choice) + weight_bits(site, choice) + result_bits(site)
-    return max(1e3 * computing, moving(moved, device)) + LAUNCH
+    return resolved(max(1e3 * computing, moving(moved, device)) + LAUNCH)
+
+
+def resolved(ms: float) -> float:
+    """In whole steps of what is known."""
+    return round(RESOLUTION * round(ms / RESOLUTION), 4)
 
 
 def moving(bits: float, device: Device) -> float:
