@@ -164,26 +164,31 @@ def unreachable(asked: Problem, convert: Callable[[str, float], float]) -> Infea
         return words(OPTION[name], in_units(name, value))
 
     asking = dict.fromkeys(said(n, limits[n]) for n in found.conflict)
-    lines = ["no plan meets " + " and ".join(asking)]
+    lines = dict.fromkeys(["no plan meets " + " and ".join(asking)])  # error and noise say the same
     for name in found.conflict:
         reachable = [said(name, found.alone[name])]
         if len(limits) > 1 and found.kept[name] < math.inf:
             reachable.append(said(name, found.kept[name]) + " with the other budgets kept")
-        lines.append("    within reach: " + ", ".join(reachable))
+        lines["    within reach: " + ", ".join(reachable)] = None
     grown: dict[str, float] = {}
     for n, at in found.reachable.items():
         if at > limits[n]:
             rounded = round_down if n.startswith(MINUS) else round_up
             enough = rounded(in_units(n, at), digits=4)
             grown[OPTION[n]] = max(enough, grown.get(OPTION[n], 0.0))
-    fix = ", ".join(f'"{name}": {value:g}' for name, value in grown.items())
+    fix = ", ".join(f'"{name}": {number(value)}' for name, value in grown.items())
     return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
 
 
 def words(option: str, value: float) -> str:
     """ "max_latency <= 9 ms", "min_bits >= 4" """
     relation = ">=" if option in FLOORS else "<="
-    return f"{option} {relation} {value:.4g}{UNIT.get(option, '')}"
+    return f"{option} {relation} {number(value)}{UNIT.get(option, '')}"
+
+
+def number(value: float) -> str:
+    """Four digits, and all of them before the point: as a user types it."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def round_up(value: float, digits: int = 2) -> float:

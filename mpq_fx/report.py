@@ -14,6 +14,7 @@ from typing import Any
 from mpq_fx.encoding import encode
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Plan, Row
+from mpq_fx.remeasured import is_predicted
 
 WIDTH = 120
 FLOATS = ("inductor float", "float")  # variants that stand for the user's model, best first
@@ -192,18 +193,31 @@ def float_ms(plan: Plan) -> float | None:
     return next((plan.latency_ms[name] for name in FLOATS if name in plan.latency_ms), None)
 
 
+def layers_ms(plan: Plan) -> tuple[float, float]:
+    """Milliseconds of all sites, each by itself: in float, and in their choices."""
+    before = sum(row.ms_before or 0.0 for row in plan.ledger)
+    return before, sum(row.ms_after or 0.0 for row in plan.ledger)
+
+
 def speedup(plan: Plan) -> float | None:
     """Measured ms of float / measured ms of what runs."""
     before, after = float_ms(plan), plan.latency_ms.get(plan.winner)
     return before / after if before and after else None
 
 
+def now_ms(plan: Plan) -> float | None:
+    """Milliseconds of what runs: measured, or predicted by a roofline."""
+    if not plan.latency_ms and is_predicted(plan):
+        before, after = layers_ms(plan)
+        return plan.baseline.get("latency", before) - before + after
+    return plan.latency_ms.get(plan.winner)
+
+
 def steps(plan: Plan) -> tuple[Step, ...]:
     """The frontier in terms of the whole model as it runs now, by growing error."""
-    sites = sum(row.ms_after or 0.0 for row in plan.ledger)
-    before = sum(row.ms_before or 0.0 for row in plan.ledger)
+    before, sites = layers_ms(plan)
     fixed = plan.baseline.get("latency", before) - before  # in "latency", but in no site
-    now = plan.latency_ms.get(plan.winner) or sites + fixed
+    now = now_ms(plan) or sites + fixed
     found = []
     points = [point for point in plan.points if point.get("resource") == "latency"]
     for point in points if sites > 0 else ():
@@ -291,6 +305,9 @@ def headline(plan: Plan) -> str:
     if after is not None:
         against = f", float {before:.3g} ms ({gain:.2f}×)" if before and gain else ""
         parts.append(f"{after:.3g} ms{against}")
+    elif is_predicted(plan):
+        of_float, of_choices = layers_ms(plan)
+        parts.append(f"layers {of_choices:.3g} ms predicted, in float {of_float:.3g} ms")
     before_bytes, after_bytes = weight_bytes(plan)
     parts.append(f"weights {megabytes(before_bytes)} -> {megabytes(after_bytes)}")
     moved = sum(row.choice != row.site.dtype for row in plan.ledger)

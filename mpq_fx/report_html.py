@@ -22,7 +22,9 @@ from mpq_fx.report import (
     coverage,
     dynamo_lines,
     float_ms,
+    layers_ms,
     megabytes,
+    now_ms,
     offers,
     raced_and_refused,
     speedup,
@@ -83,6 +85,7 @@ def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
         "predicted": plan.provenance.get("predicted", {}),
         "float_ms": float_ms(plan),
         "speedup": speedup(plan),
+        "layers_ms": layers_ms(plan) if is_predicted(plan) else None,
         "moved": sum(row.choice != row.site.dtype for row in plan.ledger),
         "bytes": (before, after),
         "activations": activation_bytes(plan),
@@ -139,7 +142,7 @@ def _frontier(plan: Plan) -> Picture:
         Dot(s.ms, s.error if s.measured is None else s.measured, "point", s.line)
         for s in steps(plan)
     ]
-    now = plan.latency_ms.get(plan.winner)
+    now = now_ms(plan)
     if now is not None and plan.error is not None:
         dots.append(
             Dot(
@@ -219,10 +222,7 @@ def _latency(plan: Plan, kinds: Mapping[str, str]) -> Picture:
         )
         for row in plan.ledger
     ]
-    before, after = (
-        sum(x or 0.0 for x in xs)
-        for xs in zip(*((row.ms_before, row.ms_after) for row in plan.ledger), strict=True)
-    )
+    before, after = layers_ms(plan)
     how = "predicted, not measured" if is_predicted(plan) else "timed alone"
     return Picture(
         "Latency per site",

@@ -6,9 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 import mpq_fx
 from mpq_fx.numerics import relative_rms
+from mpq_fx.passes.lower import cpu
 from mpq_fx.registry import bindings_of
 from tests.small import Net, batch, compiled_of
 
@@ -72,3 +74,20 @@ def test_autocast_and_plain_calls_of_one_model_are_two_plans(isolated):
             wanted = model(batch(1))
             assert compiled(batch(1)).dtype == wanted.dtype
     assert len(bindings_of(compiled)) == 2
+
+
+@pytest.mark.onednn
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_floats_that_onednn_packs_no_weights_of_run_by_pytorchs_own_ops(
+    isolated, monkeypatch, dtype
+):
+    monkeypatch.setattr(cpu, "packs", lambda dtype: dtype == torch.float32)
+    layers = nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 36, 20)
+    model = nn.Sequential(*layers).eval().to(dtype)
+    images = [torch.randn(2, 3, 8, 8).to(dtype) for _ in range(4)]
+    config = mpq_fx.Config(target="cpu", formats=["float32"])
+    plan = mpq_fx.tune(model, images, config=config, progress=False)
+    assert {row.choice for row in plan.ledger} == {str(dtype).removeprefix("torch.")}
+    with torch.inference_mode():
+        found = mpq_fx.apply(model, plan)(images[0])
+        assert relative_rms(found.float(), model(images[0]).float()) <= 0.01

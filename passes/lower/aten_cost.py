@@ -68,3 +68,16 @@ def float_linear(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
     w = torch.randn(site.weight_shape, dtype=getattr(torch, choice.activation))
     x = x.to(w.dtype)
     return lambda: aten.linear(x, w)
+
+
+FLOATS = {
+    "linear": float_linear,
+    "conv": float_conv,
+    "conv3d": float_only,
+    "conv_transpose": float_only,
+    "residual": residual,
+    "matmul": matmul,
+    "grouped_matmul": matmul,
+    "attention": attention,
+    "embedding": embedding,
+}

@@ -54,6 +54,18 @@ def has(name: str) -> bool:
     return name in flags() and allowed
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Does oneDNN pack weights of these floats here?  Those of 16 bits take instructions for them;
+    without, PyTorch's own ops run them.
+    """
+    mkldnn = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return bool(mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 def facts() -> dict[str, Any]:
     """For a plan's provenance and for `mpq doctor`."""
     return {

@@ -106,7 +106,7 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
     kernels: dict[str, str] = {}
     mode = kernels_of(mode)
     for node in list(gm.graph.nodes):
-        if node.target not in RULES:
+        if node.target not in RULES or not is_packed(node):
             continue
         rule, find_tail, posts = RULES[node.target]
         tail = residual_tail(node, mode) or find_tail(node, posts)
@@ -119,6 +119,11 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
     hide_sums(gm)
     remove_dead(gm)
     return Lowered(kernels)
+
+
+def is_packed(node: Node) -> bool:
+    """Has oneDNN a layout for the weight on this CPU?  For codes always."""
+    return node.target in CODED or cpu.packs(value(node).dtype)
 
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
@@ -321,6 +326,7 @@ LINEAR_POSTS = frozenset({"relu", "gelu", "swish"})
 MATMUL_POSTS = LINEAR_POSTS | {"none"}  # of a convolution that runs as a matmul
 CONV_POSTS = frozenset({"relu", "hardtanh", "swish"})
 SUM_POSTS = frozenset({"relu"})
+CODED = (mpq.linear.default, mpq.conv.default, mpq.embedding.default)
 RULES: dict[Any, tuple[Callable[..., tuple[Node, str]], Callable[..., Tail], frozenset[str]]] = {
     mpq.linear.default: (lower_linear, integer_tail, LINEAR_POSTS),
     mpq.conv.default: (lower_conv, integer_tail, CONV_POSTS),

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from mpq_fx.facts import Choice, Site
-from mpq_fx.passes.lower import weight_only
-from mpq_fx.passes.lower.aten_cost import (
-    attention,
-    embedding,
-    float_only,
-    handed_over,
-    matmul,
-    residual,
-)
+from mpq_fx.passes.lower import cpu, weight_only
+from mpq_fx.passes.lower.aten_cost import FLOATS, handed_over
 from mpq_fx.passes.lower.inductor import ALL, INT8
 from mpq_fx.passes.lower.microbenchmark import milliseconds
 from mpq_fx.passes.lower.signal import image_window
@@ -64,9 +57,16 @@ def measure(site: Site, choice: Choice) -> float:
             if site.op != "embedding"
             else None
         )
-        kernel = (linear if is_matmul(site) else KERNELS[site.op])(site, choice, x)
+        kernel = kernel_of(site, choice)(site, choice, x)
         saved = call_overhead() if is_matmul(site) and choice.scaling == "static" else 0.0
         return max(milliseconds(kernel) - saved, 0.0)
+
+
+def kernel_of(site: Site, choice: Choice) -> Callable[[Site, Choice, Any], Callable[[], Any]]:
+    """What is timed: oneDNN's ops where it packs weights of these floats."""
+    if choice.scaling == "none" and not cpu.packs(getattr(torch, choice.activation)):
+        return FLOATS[site.op]
+    return linear if is_matmul(site) else KERNELS[site.op]
 
 
 def is_matmul(site: Site) -> bool:
@@ -175,14 +175,4 @@ def integer_conv(
     return lambda: onednn.qconv_pointwise.default(*args)
 
 
-KERNELS = {
-    "residual": residual,
-    "linear": linear,
-    "conv": conv,
-    "conv3d": float_only,
-    "conv_transpose": float_only,
-    "matmul": matmul,
-    "attention": attention,
-    "embedding": embedding,
-    "grouped_matmul": matmul,
-}
+KERNELS = {**FLOATS, "linear": linear, "conv": conv}

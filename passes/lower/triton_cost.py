@@ -21,17 +21,6 @@ from mpq_fx.passes.lower import aten_cost
 from mpq_fx.passes.lower.triton_device import LAUNCH, Device, moving, numel, resolved
 
 MS = 20  # of calls that are timed
-FLOATS = {
-    "linear": aten_cost.float_linear,
-    "conv": aten_cost.float_conv,
-    "conv3d": aten_cost.float_only,
-    "conv_transpose": aten_cost.float_only,
-    "residual": aten_cost.residual,
-    "matmul": aten_cost.matmul,
-    "grouped_matmul": aten_cost.matmul,
-    "attention": aten_cost.attention,
-    "embedding": aten_cost.embedding,
-}
 
 
 def measured(site: Site, choice: Choice, kernel: LinearKernel | None) -> float:
@@ -42,7 +31,7 @@ def measured(site: Site, choice: Choice, kernel: LinearKernel | None) -> float:
             return milliseconds(lambda: kernel.launch(in_tuned_tile(kernel, call)))
         shape = [int(size) for size in site.input_shape]
         x = None if site.op == "embedding" else torch.randn(shape)
-        return milliseconds(FLOATS[site.op](site, choice, x))
+        return milliseconds(aten_cost.FLOATS[site.op](site, choice, x))
 
 
 def milliseconds(call: Callable[[], Any]) -> float:

@@ -26,7 +26,7 @@ from mpq_fx.passes.lower.target import available, placed
 from mpq_fx.passes.lower.triton import TRITON
 from mpq_fx.passes.lower.triton_device import DEVICES, LAUNCH, RESOLUTION, device_called, roofline
 from mpq_fx.registry import bindings_of
-from mpq_fx.report import report_of
+from mpq_fx.report import headline, report_of
 from tests.lowered import Lowered
 
 BF16 = Choice("bfloat16", "bfloat16")
@@ -54,6 +54,9 @@ def test_a_plan_for_an_absent_device_is_predicted_and_says_so(isolated, caplog, 
     page = report.to_html(tmp_path / "report.html").read_text()
     assert "Each site predicted, not measured: " in page
     assert "timed alone" not in page
+    assert "of the layers alone" in page
+    assert "runs now: " in page, "the frontier shows where the plan is"
+    assert " ms predicted, in float " in headline(plan)
     assert not list((tmp_path / "cache").iterdir()), "a prediction is no measurement to be kept"
     caplog.set_level(logging.WARNING, logger="mpq_fx")
     config = mpq_fx.Config(target="triton", device="a100")

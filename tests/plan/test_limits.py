@@ -49,7 +49,7 @@ def test_a_floor_out_of_reach_is_named_with_the_largest_value_there_is(plan):
     assert str(caught.value).splitlines()[:3] == [
         "no plan meets max_size <= 7000 bytes and min_bits >= 30",
         "    within reach: max_size <= 6000 bytes, "
-        "max_size <= 1e+04 bytes with the other budgets kept",
+        "max_size <= 10000 bytes with the other budgets kept",
         "    within reach: min_bits >= 32, min_bits >= 16 with the other budgets kept",
     ]
     options = json.loads(caught.value.fix.removeprefix("options="))
