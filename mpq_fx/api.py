@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.config import Config
-from mpq_fx.errors import CalibrationError, ConfigError
+from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Plan
 from mpq_fx.registry import ROOTS, bindings_of, bypass, entries, root_of, totals
 
@@ -146,17 +146,3 @@ def refresh(compiled: Any) -> list[str]:
         values = binding.values()
         changed += [names.get(id(values[k]), k) for k in binding.refresh()]
     return sorted(set(changed))
-
-
-def call(model: Callable[..., Any], batch: Any) -> Any:
-    """Tensor → model(x), tuple or list → model(*x), dict → model(**x)."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return model(*batch)
-    raise ConfigError(
-        f"a batch is a Tensor, a tuple or a dict, not {type(batch).__name__}",
-        fix="mpq_fx.tune(model, [(x,), ...])",
-    )

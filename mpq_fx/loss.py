@@ -7,8 +7,7 @@ included, runs in eager mode with gradients on.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mpq_fx.batch import call, inputs_of
 from mpq_fx.errors import CalibrationError, ConfigError, UnsupportedError
 from mpq_fx.passes.analyze.replay import is_measurable, replayer
 
@@ -29,22 +29,6 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, Any], Tensor]  # output of the model, batch as it was given -> a scalar
 Found = Sequence[tuple["Lifecycle", "Binding"]]
 SUBSTITUTE = 'sensitivity="interlayer_hessian", which needs no loss'
-
-
-def inputs_of(model: torch.nn.Module, batch: Any) -> Any:
-    """The part of a batch that the forward takes; the rest, such as labels, is for the loss.
-
-    Of a dict the names that it has, of a tuple or a list as many from the front as it can take.
-    """
-    parameters = inspect.signature(model.forward).parameters.values()
-    kinds = {p.kind for p in parameters}
-    if isinstance(batch, Mapping) and inspect.Parameter.VAR_KEYWORD not in kinds:
-        names = {p.name for p in parameters}
-        return {name: value for name, value in batch.items() if name in names}
-    if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL not in kinds:
-        places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return batch[: sum(p.kind in places for p in parameters)]
-    return batch
 
 
 def checked(loss: Loss, output: Any, batch: Any, index: int) -> Tensor:
@@ -105,8 +89,6 @@ class Source:
 
     def _of_outputs(self, found: Found, index: int, outputs: Sequence[Any]) -> Tensor:
         """The loss of batch `index`, had the graph given these outputs."""
-        from mpq_fx.api import call
-
         batch, asked = self.batches[index], list[int]()
         with ExitStack() as stack:
             for lifecycle, binding in found:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from mpq_fx.batch import call, inputs_of
 from mpq_fx.binding import Binding
 from mpq_fx.checkpoint import Journal
 from mpq_fx.clock import ANNOUNCE
@@ -25,7 +26,7 @@ from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Choice, Plan, Table
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
-from mpq_fx.loss import Loss, Source, inputs_of
+from mpq_fx.loss import Loss, Source
 from mpq_fx.measure import assist, rerun
 from mpq_fx.problem import MEMORY
 from mpq_fx.processes import Processes, together
@@ -149,8 +150,6 @@ def _observe(
     own: Callable[[], Sequence[tuple[Lifecycle, Binding]]],
 ) -> None:
     """Call the model with a batch; with a loss, see what it says and which graph ran."""
-    from mpq_fx.api import call
-
     if source is None:
         call(compiled, batch)
     else:

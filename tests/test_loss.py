@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers.utils import ModelOutput
 
 import mpq_fx
+from mpq_fx.batch import inputs_of
 from mpq_fx.demo.nets import CALLS, DIGITS, SUBJECTS, digits
 from mpq_fx.facts import Table
-from mpq_fx.loss import inputs_of
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes import METRICS
 from mpq_fx.passes.allocate.problem import NOISE

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import mpq_fx
-from mpq_fx.api import call
+from mpq_fx.batch import call
 from mpq_fx.build import beside
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Choice
