@@ -9,6 +9,9 @@ The ops are `triton_op`s: nothing about their launch depends on a size that may 
 Inductor sees the kernel itself, plans its memory and calls it without a dispatcher.
 """
 
+# pyright: reportAssignmentType=false
+# In device code constants are annotated as tl.constexpr and are dtypes.
+
 from __future__ import annotations
 
 import math

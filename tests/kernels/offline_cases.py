@@ -101,7 +101,6 @@ def embedding(weight: str, machine: Machine) -> None:
 EVERYWHERE = {
     **linears(triton_weight_only, "int4", "bfloat16", (1, 16, 0)),
     **linears(triton_int4, "int4_progressive", "int8", (16, 0)),
-    **linears(triton_int4, "int4", "int4", (0,)),
     **full(triton_weight_only, "int4_asym", "bfloat16"),
 }
 ON_SOME = {  # one architecture of each kind of tensor core
@@ -111,6 +110,7 @@ ON_SOME = {  # one architecture of each kind of tensor core
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
     **full(triton_weight_only, "int8", "bfloat16"),
     **linears(triton_int4, "int4", "int4_row", (16,)),
+    **linears(triton_int4, "int4", "int4", (0,)),
     **full(triton_int4, "int4_asym", "int8"),
     **full(triton_int4, "int4", "int4"),
     "ragged 1": partial(ragged, triton_weight_only, 1, "int4_asym", "bfloat16"),
