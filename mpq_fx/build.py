@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpq_fx.binding import Installed, fresh
+from mpq_fx.constant_pool import share
 from mpq_fx.facts import Choice
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
@@ -69,7 +70,9 @@ def lower(
     gm, _ = clone(graph.gm)
     rewrite(gm, graph.sites, choices, beside(scales, values))
     lowered = target.lower(gm, mode)
-    folded = fold_constants(gm, {graph.names[k]: values[graph.names[k]] for k in graph.parameters})
+    parameters = {graph.names[k]: values[graph.names[k]] for k in graph.parameters}
+    folded = fold_constants(gm, parameters)
+    share(folded, gm, parameters)
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
     with size_guard(graph.gm) as accepts:
         compiled = target.compile(folded.gm, inputs, mode)
