@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from mpq_fx.constant_pool import WRITES, was_written, write, wrote
 from mpq_fx.facts import Plan
 from mpq_fx.passes.lower.constants import Recipe, evaluate
 from mpq_fx.watch import Watch
@@ -62,6 +63,7 @@ class Binding:
     watched: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()  # of the watched among the parameters
     released: bool = False
+    seen: int = 0  # write of shared constants up to which those of this graph are known
     orphaned: bool = False  # a parameter died, and its id may be another tensor's by now
     order: int = field(default_factory=itertools.count().__next__)  # of first calls
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
@@ -87,7 +89,7 @@ class Binding:
         self.watched = tuple(sorted({p for r in installed.recipes for p in r.parameters}))
         self.positions = tuple(map(self.names.index, self.watched))
         values = self.values()
-        self.watch = Watch([values[name] for name in self.watched])
+        self.watch, self.seen = Watch([values[name] for name in self.watched]), WRITES.last
         self.installed, self.plan, self.reason = installed, plan, ""
         self.records, self.losses = [], ()
 
@@ -100,13 +102,26 @@ class Binding:
         if self.watch is None or self.released:
             return []
         tensors = [parameters[k] for k in self.positions]
-        changed = self.watch.changed(tensors)
+        changed = self._with_written(self.watch.changed(tensors))
         if changed:
             with self.lock:
                 values = dict(zip(self.names, parameters, strict=True))
                 self.update(values, [self.watched[k] for k in changed])
                 self.watch.accept(tensors, changed)
         return [self.watched[k] for k in changed]
+
+    def _with_written(self, changed: list[int]) -> list[int]:
+        """And the weights of constants that another graph has written, see constant_pool."""
+        if WRITES.last == self.seen:
+            return changed
+        last = WRITES.last
+        assert self.installed is not None
+        owned = self.installed.constants
+        for recipe in self.installed.recipes:
+            if was_written(getattr(owned, recipe.name), self.seen):
+                changed = [*changed, *map(self.watched.index, recipe.parameters)]
+        self.seen = last
+        return sorted(set(changed))
 
     def refresh(self) -> list[str]:
         """Look at every element of every weight now; returns the placeholders that had changed."""
@@ -115,7 +130,7 @@ class Binding:
         values = self.values()
         tensors = [values[name] for name in self.watched]
         with self.lock:
-            edited = self.watch.edited(tensors)
+            edited = self._with_written(self.watch.edited(tensors))
             self.update(values, [self.watched[k] for k in edited])
             self.watch.accept(tensors, edited)
         return [self.watched[k] for k in edited]
@@ -125,11 +140,12 @@ class Binding:
         assert self.installed is not None
         touched = [r for r in self.installed.recipes if set(r.parameters) & set(changed)]
         fresh = evaluate(self.installed.source, touched, values)
+        owned = self.installed.constants
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in fresh.items():
-                getattr(self.installed.constants, name).copy_(value)
+            written = [getattr(owned, k) for k, x in fresh.items() if write(getattr(owned, k), x)]
             for redo in self.installed.derived if touched else ():
                 redo()
+        self.seen = wrote(written, self.seen)
 
 
 def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:

@@ -4,17 +4,18 @@ Prefill and decode are graphs of their own, as are the plans that race, and each
 that it reads.  A constant is known by its recipe: the calls, and the very parameters that they
 start from.  Who has one holds it; the pool only knows it as long as somebody does.
 
-Each graph refreshes what it reads by its own watch on the weights, and writes what the others would
-write.  A constant that is older than the weights is brought up to date when a graph joins in: the
-ones before find the edit at their next call, as they would have.
+Each graph refreshes what it reads by its own watch on the weights, and notes which constants it has
+written: an edit that is taken back before another graph is called leaves that graph's watch nothing
+to see, and yet what both read is another.  A constant that is older than the weights is brought up
+to date when a graph joins in.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +35,43 @@ class Entry:
     parameters: tuple[weakref.ref[Tensor], ...]
 
 
+@dataclass
+class Writes:
+    """When constants got other values, as numbers in the order of the writes."""
+
+    last: int = 0
+    of: dict[int, int] = field(default_factory=dict)  # id of a constant -> its last write
+
+
 POOL: dict[Key, Entry] = {}
-LOCK = threading.Lock()
+WRITES = Writes()
+LOCK = threading.RLock()
+
+
+def write(constant: Tensor, value: Tensor) -> bool:
+    """constant = value, in place; did that change anything, as far as can be told?"""
+    if not constant.is_mkldnn and torch.equal(constant, value):
+        return False
+    constant.copy_(value)
+    return True
+
+
+def wrote(constants: Sequence[Tensor], seen: int) -> int:
+    """Note that these have other values; up to which write the one who wrote knows them all, if it
+    did so up to `seen`.
+    """
+    with LOCK:
+        if not constants:
+            return seen
+        is_next = WRITES.last == seen
+        WRITES.last += 1
+        WRITES.of |= dict.fromkeys(map(id, constants), WRITES.last)
+        return WRITES.last if is_next else seen
+
+
+def was_written(constant: Tensor, seen: int) -> bool:
+    """By any graph, after the write `seen`?"""
+    return WRITES.of.get(id(constant), 0) > seen
 
 
 def share(folded: Folded, source: GraphModule, parameters: Mapping[str, Tensor]) -> None:
@@ -53,14 +89,17 @@ def share(folded: Folded, source: GraphModule, parameters: Mapping[str, Tensor])
                 refs = tuple(weakref.ref(parameter) for parameter in read)
                 POOL[key] = Entry(weakref.ref(mine), refs)
                 continue
-            if not torch.equal(kept, mine):
-                kept.copy_(mine)
+            if write(kept, mine):
+                wrote([kept], WRITES.last)
             setattr(folded.gm, recipe.name, kept)
 
 
 def _forget_dead() -> None:
     for key in [key for key, entry in POOL.items() if entry.constant() is None]:
         del POOL[key]
+    known = {id(entry.constant()) for entry in POOL.values()}
+    for dead in WRITES.of.keys() - known:
+        del WRITES.of[dead]
 
 
 def _alive(entry: Entry | None, parameters: list[Tensor]) -> Tensor | None:

@@ -125,3 +125,47 @@ def test_a_parameter_that_took_the_identity_of_a_dead_one_finds_nothing(isolated
     error(found, model, 7)
     first, _, late = constants(found)
     assert not {x.data_ptr() for x in first.values()} & {x.data_ptr() for x in late.values()}
+
+
+@pytest.mark.parametrize("how", ["counted", "behind"])
+def test_an_edit_that_is_taken_back_before_the_other_graph_is_called_leaves_it_right(isolated, how):
+    """Its own watch sees weights as it knows them, and the constants were written twice."""
+    model = Net()
+    found = compiled(model)
+    for factor in (-4.0, -0.25):
+        with torch.no_grad():
+            (model.up.weight if how == "counted" else model.up.weight.data).mul_(factor)
+        if factor == -4.0:
+            with torch.inference_mode():
+                one = bindings_of(found)[0][1]
+                found(batch(1))
+                one.refresh()
+    assert error(found, model, 16) < 0.05
+    assert error(found, model, 1) < 0.05
+
+
+def test_graphs_that_are_called_by_turns_compute_an_edited_constant_once_each(
+    isolated, monkeypatch
+):
+    model = Net()
+    found = compiled(model)
+    with torch.no_grad():
+        model.up.weight.mul_(-3.0)
+    computed = []
+    for _, binding in bindings_of(found):
+        plain = binding.update
+        monkeypatch.setattr(binding, "update", lambda *a, f=plain: (computed.append(1), f(*a)))
+    for rows in (1, 16) * 3:
+        assert error(found, model, rows) < 0.05
+    assert len(computed) == 2
+
+
+def test_a_weight_that_takes_the_place_of_another_and_back_is_the_one_that_runs(isolated):
+    """A parameter assigned anew, in the end of contents that the second graph has seen before."""
+    model = Net()
+    found = compiled(model)
+    first = model.up.weight.detach().clone()
+    for weight, rows in ((first * -3, 1), (first, 16), (first, 1)):
+        model.up.weight = nn.Parameter(weight.clone())
+        gc.collect()
+        assert error(found, model, rows) < 0.05
