@@ -102,26 +102,29 @@ class Binding:
         if self.watch is None or self.released:
             return []
         tensors = [parameters[k] for k in self.positions]
-        changed = self._with_written(self.watch.changed(tensors))
+        changed, last = self.watch.changed(tensors), WRITES.last
+        if last != self.seen:
+            changed = self._with_written(changed)
         if changed:
             with self.lock:
                 values = dict(zip(self.names, parameters, strict=True))
-                self.update(values, [self.watched[k] for k in changed])
+                self.update(values, [self.watched[k] for k in changed], last)
                 self.watch.accept(tensors, changed)
+        elif last != self.seen:
+            self.seen = last
         return [self.watched[k] for k in changed]
 
     def _with_written(self, changed: list[int]) -> list[int]:
         """And the weights of constants that another graph has written, see constant_pool."""
-        if WRITES.last == self.seen:
-            return changed
-        last = WRITES.last
         assert self.installed is not None
         owned = self.installed.constants
-        for recipe in self.installed.recipes:
-            if was_written(getattr(owned, recipe.name), self.seen):
-                changed = [*changed, *map(self.watched.index, recipe.parameters)]
-        self.seen = last
-        return sorted(set(changed))
+        found = {
+            self.watched.index(parameter)
+            for recipe in self.installed.recipes
+            if was_written(getattr(owned, recipe.name), self.seen)
+            for parameter in recipe.parameters
+        }
+        return sorted(found | set(changed))
 
     def refresh(self) -> list[str]:
         """Look at every element of every weight now; returns the placeholders that had changed."""
@@ -130,13 +133,16 @@ class Binding:
         values = self.values()
         tensors = [values[name] for name in self.watched]
         with self.lock:
+            last = WRITES.last
             edited = self._with_written(self.watch.edited(tensors))
-            self.update(values, [self.watched[k] for k in edited])
+            self.update(values, [self.watched[k] for k in edited], last)
             self.watch.accept(tensors, edited)
         return [self.watched[k] for k in edited]
 
-    def update(self, values: Mapping[str, Tensor], changed: Sequence[str]) -> None:
-        """Copy recomputed values into the constants that depend on `changed`, in place."""
+    def update(self, values: Mapping[str, Tensor], changed: Sequence[str], last: int) -> None:
+        """Copy recomputed values into the constants that depend on `changed`, in place; they are
+        then as after the write `last` of shared ones.
+        """
         assert self.installed is not None
         touched = [r for r in self.installed.recipes if set(r.parameters) & set(changed)]
         fresh = evaluate(self.installed.source, touched, values)
@@ -145,7 +151,7 @@ class Binding:
             written = [getattr(owned, k) for k, x in fresh.items() if write(getattr(owned, k), x)]
             for redo in self.installed.derived if touched else ():
                 redo()
-        self.seen = wrote(written, self.seen)
+        self.seen = wrote(written, last)
 
 
 def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:

@@ -12,6 +12,7 @@ to date when a graph joins in.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -130,8 +131,14 @@ def _key(recipe: Recipe, source: GraphModule, parameters: Mapping[str, Tensor]) 
             found.append(id(parameters[node.name]))
         elif node.op == "get_attr":
             tensor: Tensor = getattr(source, str(node.target))
-            found.append((str(tensor.dtype), tuple(tensor.shape), tensor.tolist()))
+            found.append((str(tensor.dtype), tuple(tensor.shape), _digest(tensor)))
         else:
             args = map_arg((node.args, dict(node.kwargs)), places.__getitem__)
             found.append((str(node.target), repr(args)))
     return tuple(map(repr, found))
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of its bytes, in the order of its elements."""
+    dense = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(dense.view(torch.uint8).numpy().tobytes()).hexdigest()
