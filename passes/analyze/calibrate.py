@@ -14,7 +14,7 @@ from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.ranking import draw, measured, predicted
 
-PLANS = 4
+PLANS = 4  # random ones that scale a table
 
 
 def calibrated(task: Task, table: Table) -> Table:

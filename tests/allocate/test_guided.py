@@ -14,27 +14,8 @@ from mpq_fx.errors import ConfigError
 from mpq_fx.passes.allocate import SEARCHES, Problem, value_of
 from mpq_fx.passes.allocate.guided import menu_of
 from mpq_fx.passes.allocate.problem import Condition, Term
+from tests.allocate.units import OPTIONS, problem_of
 from tests.evaluators import evaluator_of
-
-OPTIONS = ("float32", "bfloat16", "int8")
-
-
-def problem_of(rows, *, pairs=None, ties=()) -> Problem:
-    """A row is (error in bfloat16, error in int8) of one unit."""
-    units = [f"u{k}" for k in range(len(rows))]
-    error, latency = {}, {}
-    for unit, noise in zip(units, rows, strict=True):
-        for option, e, ms in zip(OPTIONS, (0.0, *noise), (4.0, 2.0, 1.0), strict=True):
-            error[unit, option], latency[unit, option] = e, ms
-    return Problem(
-        options=dict.fromkeys(units, OPTIONS),
-        error=error,
-        pairs=pairs or {},
-        resources={"latency": latency},
-        objective=("latency", "error"),
-        ties=ties,
-    )
-
 
 GUIDED = ("bisection", "greedy")
 

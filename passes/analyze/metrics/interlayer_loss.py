@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpq_fx.errors import CalibrationError, ConfigError, UnsupportedError, first_line
 from mpq_fx.facts import Table
-from mpq_fx.passes.analyze.calibrate import multiplied
+from mpq_fx.passes.analyze.calibrate import PLANS, multiplied
 from mpq_fx.passes.analyze.metric import (
     IsWanted,
     Key,
@@ -45,7 +45,6 @@ from mpq_fx.passes.analyze.metrics.interlayer_hessian import (
 from mpq_fx.passes.analyze.ranking import draw, measured, power
 from mpq_fx.passes.analyze.replay import as_real, is_measurable, output_error
 
-PLANS = 4  # that scale the table
 SUBSTITUTE = 'sensitivity="interlayer_hessian", which needs no loss'
 
 
