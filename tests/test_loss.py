@@ -284,8 +284,8 @@ def test_the_rise_of_a_contrastive_loss_is_predicted_on_minilm(isolated):
         real = rises(task, plans)
         tables = {m: METRICS[m](task) for m in ("interlayer_loss", "interlayer_hessian")}
         ranks = {m: spearman([power(t, p) for p in plans], real) for m, t in tables.items()}
-        assert ranks["interlayer_loss"] > 0.8
-        assert ranks["interlayer_loss"] > ranks["interlayer_hessian"]
+        assert ranks["interlayer_loss"] > 0.7  # of choices down to 4-bit activations
+        assert ranks["interlayer_loss"] > ranks["interlayer_hessian"] + 0.3
         done.append(ranks)
 
     subject, done = SUBJECTS["minilm"](), []
