@@ -151,7 +151,8 @@ def float8_kernel(
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end read those of the beginning, and are not stored.
-    x_at = x_ptr + (row % M)[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    stride_xk = tl.cast(stride_xk, tl.int64)
+    x_at = x_ptr + (row % M)[:, None] * stride_xm + k[None, :] * stride_xk
     w_at = w_ptr + (column % N)[None, :] * K + k[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):

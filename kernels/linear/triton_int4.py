@@ -174,10 +174,11 @@ def int4_kernel(
     k, unit = tl.arange(0, BLOCK_K), tl.arange(0, UNITS)[None, :, None]
     first = tl.program_id(1) * steps
     word = tl.arange(0, 4)[None, None, :]
+    stride_xk = tl.cast(stride_xk, tl.int64)
     if PACKED:
         x_at = x_ptr + row[:, None, None] * stride_xm + (first * UNITS + unit) * 4 + word
     else:
-        x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k).to(tl.int64) * stride_xk
+        x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k) * stride_xk
     words_at = words_ptr + (first * UNITS + unit).to(tl.int64) * N * 4
     words_at += column[:, None, None] * 4 + word
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if IN_FLOATS else tl.int32)

@@ -136,7 +136,8 @@ def gemm_kernel(
     column = (first_column + tl.arange(0, BLOCK_N)) % N
     k, unit = tl.arange(0, SOME_K), tl.arange(0, UNITS)[None, :, None]
     first = tl.program_id(1) * steps
-    x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k).to(tl.int64) * stride_xk
+    stride_xk = tl.cast(stride_xk, tl.int64)
+    x_at = x_ptr + row[:, None] * stride_xm + (first * BLOCK_K + k) * stride_xk
     at = column[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     words_at = words_ptr + (first * UNITS + unit).to(tl.int64) * N * 4 + at
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

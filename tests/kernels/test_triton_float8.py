@@ -18,6 +18,7 @@ from mpq_fx.kernels.linear.triton_float8 import FLOAT8, LONGEST
 from mpq_fx.kernels.linear.triton_linear import Call, Shape
 from mpq_fx.kernels.tile import Machine, Tile, machine
 from mpq_fx.numerics import Quantized, dequantize, quantize, relative_rms
+from tests.kernels.tolerance import FAR, far_apart
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROW, TENSOR = FORMATS["fp8_e4m3"], FORMATS["fp8_e4m3_tensor"]
@@ -118,6 +119,13 @@ def test_any_strides():
         assert torch.equal(run(replace(x, codes=loose), w), want)
     turned = replace(w, codes=w.codes.t().contiguous().t(), scale=w.scale.expand(7, 3)[:, 1:2])
     assert torch.equal(run(x, turned), want)
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_offsets_have_64_bits(strides):
+    x, w = sample(2, 5, 128)
+    far, tile = replace(x, codes=far_apart(x.codes, strides)), replace(SMALL, block_k=64)
+    assert torch.equal(run(far, w, tile=tile), run(x, w, tile=tile))
 
 
 def test_reads_nothing_beside_its_operand():

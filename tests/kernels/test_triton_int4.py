@@ -23,8 +23,10 @@ from mpq_fx.kernels.triton_packing import unpack_bytes
 from mpq_fx.numerics import Quantized, quantize, relative_rms
 from tests.kernels.tolerance import (
     DEVICE,
+    FAR,
     bump_one_code,
     drop_last_block,
+    far_apart,
     limit,
     next_group_scale,
     next_row_scale,
@@ -229,14 +231,12 @@ def test_any_strides():
         assert torch.equal(run(loose, other, TWO_LEVELS, path=path), want)
 
 
-def test_offsets_have_64_bits():
-    """A row of x begins 2^31 codes behind the other; the memory between them is never touched."""
-    x, w = sample(2, 5, 64, TWO_LEVELS)
-    far = torch.empty_strided((2, 64), (1 << 31, 1), dtype=torch.int8, device=DEVICE)
-    far.copy_(x.codes)
-    assert torch.equal(
-        run(replace(x, codes=far), w, TWO_LEVELS, path=WHOLE), run(x, w, TWO_LEVELS, path=WHOLE)
-    )
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_offsets_have_64_bits(strides):
+    x, w = sample(2, 5, 128, TWO_LEVELS)
+    far = replace(x, codes=far_apart(x.codes, strides))
+    want = run(x, w, TWO_LEVELS, path=WHOLE)
+    assert torch.equal(run(far, w, TWO_LEVELS, path=WHOLE), want)
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40), (40,), (2, 3, 40)], ids=str)

@@ -25,8 +25,10 @@ from mpq_fx.numerics import Quantized, quantize, relative_rms
 from mpq_fx.passes.lower.triton_device import DEVICES
 from tests.kernels.tolerance import (
     DEVICE,
+    FAR,
     bump_one_code,
     drop_last_block,
+    far_apart,
     limit,
     next_row_scale,
 )
@@ -151,6 +153,13 @@ def test_any_size_and_strides_in_small_tiles(m, n, k, layout, fmt):
     }[layout]()
     got = run(Quantized(codes, x.scale, x.zero), w, fmt, tile=SMALL)
     assert relative_rms(got, reference(x, w, None, fmt)) <= limit(k)
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_offsets_have_64_bits(strides):
+    x, w = sample(2, 5, 128, W)
+    far, tile = replace(x, codes=far_apart(x.codes, strides)), replace(SMALL, block_k=64)
+    assert torch.equal(run(far, w, W, tile=tile), run(x, w, W, tile=tile))
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40), (40,), (2, 3, 40)], ids=str)

@@ -14,7 +14,7 @@ import mpq_fx.kernels.quantize.triton_norm as triton_norm
 from mpq_fx.formats import FORMATS, Format, Int
 from mpq_fx.kernels.quantize.triton import LONGEST, is_packed
 from mpq_fx.kernels.triton_packing import pack_rows, unpack_rows
-from tests.kernels.tolerance import DEVICE
+from tests.kernels.tolerance import DEVICE, FAR, far_apart
 
 mpq, mpq_triton = torch.ops.mpq, torch.ops.mpq_triton
 PACKED = ["int4", "int4_g32", "int4_row", "int4_asym"]
@@ -184,6 +184,20 @@ def test_a_norm_in_front_gives_the_codes_of_its_result(shape, fmt, dtype):
         args = (scale, zero, 1e-5, is_centered, "int8_tensor")
         static = mpq_triton.norm_quantize(x, weight, shift, *args)
         assert differing(static, reference(mpq.quantize, y, scale, zero, "int8_tensor")) <= few
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_offsets_have_64_bits(strides):
+    x = rows(2, 128)
+    far, scale, zero = far_apart(x, strides), x.abs().max() / 127, torch.tensor(0).to(x.device)
+    for op, args in (
+        (mpq_triton.quantize, (scale, zero, "int8_tensor")),
+        (mpq_triton.quantize_dynamic, ("int8",)),
+        (mpq_triton.quantize_dynamic, ("int4_g32",)),
+        (mpq_triton.norm_quantize_dynamic, (None, None, 1e-5, True, "int8")),
+    ):
+        got, want = ((f if isinstance(f, tuple) else (f,)) for f in (op(far, *args), op(x, *args)))
+        assert all(map(torch.equal, got, want))
 
 
 def test_a_norm_without_weights_of_a_turned_matrix():

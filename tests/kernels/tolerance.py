@@ -1,4 +1,4 @@
-"""Where kernels are tested, how far sums of float32 may be apart, and bugs that must be farther."""
+"""Where kernels are tested and on what, how far float32 sums may be apart, and what is farther."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2
 def limit(k: int, out: torch.dtype = torch.float32) -> float:
     """Relative RMS that rounding explains: of the output, and of a float32 sum of k products."""
     return UNIT_ROUNDOFF[out] + math.sqrt(k) * UNIT_ROUNDOFF[torch.float32]
+
+
+# Of [2, 128]: from one value to the next, and from one step of 64 along K, more than 32 bits reach.
+FAR = {"rows": (1 << 31, 1), "columns": (1, 1 << 25)}
+
+
+def far_apart(x: torch.Tensor, strides: tuple[int, int]) -> torch.Tensor:
+    """x on the device; the memory between its values is never touched, and so takes no room."""
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=DEVICE).copy_(x)
 
 
 def swap_nibbles(q: Quantized, fmt: Format) -> Quantized:
