@@ -108,6 +108,7 @@ def _print_target(console: Any, target: TargetFacts) -> None:
 
 def _targets(device: str | None) -> tuple[TargetFacts, ...]:
     from mpq_fx.passes import targets
+    from mpq_fx.passes.lower.kernel import with_kernels
     from mpq_fx.passes.lower.target import placed
     from mpq_fx.plugins import load
 
@@ -121,7 +122,7 @@ def _targets(device: str | None) -> tuple[TargetFacts, ...]:
             {op: _examined(t, op) for op in t.choices} if not t.unavailable() else {},
             tuple(name for name, kernel in kernels.items() if kernel.target == t.name),
         )
-        for t in (placed(target, device) for target in able)
+        for t in (with_kernels(placed(target, device), kernels) for target in able)
     )
 
 

@@ -1,7 +1,8 @@
 """ms[u, c] and ms[u, c, v, d] measured once per distinct (op, shapes, choices) on this device;
 bytes, bits, bops exact.
 
-Measured latencies are kept on disk, keyed by device, library versions, op, shapes and choice.
+Measured latencies are kept on disk, keyed by device, library versions, op, shapes and choice; those
+of plug-ins are not, whose code may change under one version.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ def latency(
     the least counts: what else the machine does only adds.
     """
     begin, path = time.monotonic(), cache_path(target, cache_dir)
-    known, edges = {} if target.predicted else read(path), edges or {}
+    kept, edges = {} if target.predicted else read(path), edges or {}
     asked = _measurements(sites, options, target, edges, ties)
+    unkept = _unkept(sites, options, target)
+    known = {key: ms for key, ms in kept.items() if key not in unkept}
     new = {key: call for key, call in asked.items() if key not in known}
     for _ in range(ROUNDS):
         for key, call in new.items():
             known[key] = min(call(), known.get(key, math.inf))
-    if new and not target.predicted:
-        write(path, known)
+    if not target.predicted and (found := {k: known[k] for k in new if k not in unkept}):
+        write(path, kept | found)
     values, pairs = _assembled(sites, options, known, edges, ties)
     return Table(
         target.predicted or "microbenchmark",
@@ -81,6 +84,16 @@ def _measurements(
         key = conversion_key(site, before, after)
         asked[key] = partial(target.convert, site, before, after)
     return asked
+
+
+def _unkept(sites: Sequence[Site], options: Options, target: Target) -> set[str]:
+    """Keys of what is not kept on disk."""
+    return {
+        kernel_key(site, choice)
+        for site in sites
+        for choice in options[site.name]
+        if choice in target.unkept.get(site.op, ())
+    }
 
 
 def _conversions(

@@ -64,6 +64,8 @@ class Target:
     is_timed: bool = True  # False: an oracle, whose speed means nothing
     facts: Callable[[], Mapping[str, Any]] = dict  # instruction set, versions: provenance
     predicted: str = ""  # what says how long an op takes, where nothing was measured
+    # op -> choices whose ms are measured anew in every process: plug-ins run them
+    unkept: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     tensors: tuple[str, ...] = ("cpu", "cuda")  # devices whose tensors it computes on
     # The target on a device by name, with None on the one at hand; None: it knows no other devices
     on: Callable[[str | None], Target] | None = None

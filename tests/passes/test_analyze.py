@@ -158,6 +158,20 @@ def test_conversions_are_single_terms_unless_they_lie_on_an_edge(net, tmp_path):
     assert (again.provenance["measured"], again.values) == (0, table.values)
 
 
+def test_milliseconds_of_plug_ins_are_neither_kept_nor_taken_from_the_disk(net, tmp_path):
+    sites, options = tuple(net.sites), {site.name: (FLOAT, BF16) for site in net.sites}
+
+    def measured(ms: float, unkept: dict) -> dict:
+        target = replace(REFERENCE, measure=lambda *_: ms, unkept=unkept)
+        return latency(sites, options, target, cache_dir=tmp_path).values
+
+    name, plug_in = sites[0].name, {"linear": (BF16,)}
+    assert measured(2.0, {})[name, BF16.name] == 2.0
+    with_plug_in = measured(1.0, plug_in)
+    assert (with_plug_in[name, FLOAT.name], with_plug_in[name, BF16.name]) == (2.0, 1.0)
+    assert measured(3.0, {})[name, BF16.name] == 2.0, "and what was kept stays"
+
+
 def test_a_tensor_that_tied_sites_read_is_converted_once(net, tmp_path):
     target = replace(REFERENCE, measure=lambda *_: 1.0, convert=lambda *_: 0.5)
     options = {site.name: (FLOAT, BF16) for site in net.sites}
