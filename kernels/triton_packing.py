@@ -1,10 +1,11 @@
 """words[u, n, j] = Σ_i (codes[n, U u + 4 i + j] + 2^(bits-1)) · 2^(bits i),   U = 128 / bits, j < 4
 
-Integer codes of 4 or 8 bits as int32 words.  A unit of 16 bytes holds U neighbors of one row, so
-that one load of 16 bytes fills it, and units of neighboring rows stand side by side, so that a warp
-reads 512 bytes in one piece, whatever its tile.  Codes are stored unsigned.  Those at the same
-place of four words are neighbors along K: one shift and one mask give a vector that multiplies four
-neighboring activations.  The codes that fill the last unit up are 0.
+Codes of 4 or 8 bits as int32 words, 8-bit floats as the integers that have their bits.  A unit of
+16 bytes holds U neighbors of one row, so that one load of 16 bytes fills it, and units of
+neighboring rows stand side by side, so that a warp reads 512 bytes in one piece, whatever its tile.
+Codes are stored unsigned.  Those at the same place of four words are neighbors along K: one shift
+and one mask give a vector that multiplies four neighboring activations.  The codes that fill the
+last unit up are 0.
 """
 
 # pyright: reportOperatorIssue=false
@@ -29,6 +30,7 @@ def unit_of(bits: int) -> int:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """[N, K] signed codes of `bits` bits -> [ceil(K / U), N, 4] int32"""
+    codes = codes.view(torch.int8) if codes.is_floating_point() else codes
     stored = in_units(codes, bits) + (1 << bits - 1)
     return packed(stored.unflatten(-1, (32 // bits, WORDS)).transpose(-1, -2), bits)
 
@@ -117,17 +119,47 @@ def widened_place(words, zero, PLACE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def widened(words, zero, FIRST: tl.constexpr, PLACES: tl.constexpr, BITS: tl.constexpr):
+def widened_float(words, PLACE: tl.constexpr, MANTISSA: tl.constexpr):
+    """The 8-bit float at a place of each word, exactly, in float32: its bits, and a multiply
+
+    Exponent and mantissa in the place of float32's have 2^(bias - 127) times the value, a subnormal
+    number of few bits included.  Codes are stored with 128 added, which turns the sign over.
+    """
+    UP: tl.constexpr = 23 - MANTISSA - 8 * PLACE
+    MASK: tl.constexpr = 0x7F << (23 - MANTISSA)
+    BIAS: tl.constexpr = (1 << (6 - MANTISSA)) - 1
+    size = (words << UP if UP >= 0 else words >> -UP) & MASK
+    sign = ~(words << (24 - 8 * PLACE)) & -2147483648
+    return (size | sign).to(tl.float32, bitcast=True) * 2.0 ** (127 - BIAS)
+
+
+@triton.jit
+def value_at(words, zero, PLACE: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr):
+    """What stands at a place of each word, in float32: of floats MANTISSA is not 0"""
+    if MANTISSA:
+        return widened_float(words, PLACE, MANTISSA)
+    return widened_place(words, zero, PLACE, BITS)
+
+
+@triton.jit
+def widened(
+    words,
+    zero,
+    FIRST: tl.constexpr,
+    PLACES: tl.constexpr,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+):
     """[N, U, 4] words -> [N, 4 U · PLACES] codes of 4 or 8 places, minus zero, as float32"""
-    p0 = widened_place(words, zero, FIRST, BITS)
-    p1 = widened_place(words, zero, FIRST + 1, BITS)
-    p2 = widened_place(words, zero, FIRST + 2, BITS)
-    p3 = widened_place(words, zero, FIRST + 3, BITS)
+    p0 = value_at(words, zero, FIRST, BITS, MANTISSA)
+    p1 = value_at(words, zero, FIRST + 1, BITS, MANTISSA)
+    p2 = value_at(words, zero, FIRST + 2, BITS, MANTISSA)
+    p3 = value_at(words, zero, FIRST + 3, BITS, MANTISSA)
     if PLACES == 8:
-        p4 = widened_place(words, zero, FIRST + 4, BITS)
-        p5 = widened_place(words, zero, FIRST + 5, BITS)
-        p6 = widened_place(words, zero, FIRST + 6, BITS)
-        p7 = widened_place(words, zero, FIRST + 7, BITS)
+        p4 = value_at(words, zero, FIRST + 4, BITS, MANTISSA)
+        p5 = value_at(words, zero, FIRST + 5, BITS, MANTISSA)
+        p6 = value_at(words, zero, FIRST + 6, BITS, MANTISSA)
+        p7 = value_at(words, zero, FIRST + 7, BITS, MANTISSA)
         even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
         odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
     else:

@@ -1,9 +1,10 @@
 """y[m, n] = Σ_k x[m, k] · (w[n, k] - zw[n, g]) · sw[n, g] + …,   g = k // block
 
-Integer weights alone, widened in registers.  x has the dtype of its format (bfloat16, float16 or
-float32); a code minus its zero point is a whole number of at most 9 bits, and exact in each of
-them.  Products are summed in float32 over a group, and the sum is multiplied by the group's scale
-in float32: no scaled weight is ever rounded.  One scale per row multiplies the whole sum.
+Weights alone, in integers or 8-bit floats, widened in registers.  x has the dtype of its format
+(bfloat16, float16 or float32); a code minus its zero point is a whole number of at most 9 bits or
+such a float, and exact in each of them, so that GPUs without 8-bit floats run those as well.
+Products are summed in float32 over a group, and the sum is multiplied by the group's scale in
+float32: no scaled weight is ever rounded.  One scale per row multiplies the whole sum.
 
 1 … 4 rows    a multiply and a sum along K on the vector units, which read the weight once
 … 64 rows     tensor cores, K split over programs, so that few tiles still fill a device
@@ -28,12 +29,12 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from mpq_fx.formats import TENSOR, Format, Int
+from mpq_fx.formats import TENSOR, Float, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
 from mpq_fx.kernels.tile import Machine, Tile, filling, machine
-from mpq_fx.kernels.triton_packing import pack_codes, unit_of, widened, widened_place
+from mpq_fx.kernels.triton_packing import pack_codes, unit_of, value_at, widened
 
 NAME = "weight_only_linear"
 FEW_ROWS = 4  # up to here without tensor cores, whose smallest tile has 16 rows
@@ -47,13 +48,15 @@ TILES = {
     64: (Tile(64, 64, 128, 1, 4, 3), Tile(64, 32, 128, 1, 4, 3)),
     0: (Tile(128, 128, 64, 8, 8, 3), Tile(64, 64, 64, 8, 4, 4)),  # more
 }
+FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def refuse_formats(x: Format, w: Format) -> Iterator[str]:
-    """Why this linear is not one of integer weights alone."""
-    if not isinstance(w.element, Int) or not w.element.signed:
-        yield f"weights are signed integers here, not {w}"
+    """Why this linear is not one of weights alone."""
+    is_signed = isinstance(w.element, Int) and w.element.signed
+    if not is_signed and w.dtype not in FLOAT8S:
+        yield f"weights are signed integers or 8-bit floats here, not {w}"
     if w.progressive:
         yield f"codes of {w} are stored in two levels"
     if w.block > 0 and w.block % 16:
@@ -117,7 +120,7 @@ def gemm_kernel(
     bias_ptr, addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, N, K, steps, stride_xm, stride_xk, stride_am, stride_an,
     ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, GROUP: tl.constexpr, IS_WHOLE: tl.constexpr,
     IS_EVEN: tl.constexpr, OPERAND: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +156,8 @@ def gemm_kernel(
             zero = 0.0
             if zero_ptr is not None:
                 zero = tl.load(zero_ptr + group * N + column).to(tl.float32)[:, None, None]
-            w = tl.trans(widened(words, zero, part * PLACES, PLACES, BITS).to(OPERAND))
+            w = widened(words, zero, part * PLACES, PLACES, BITS, MANTISSA)
+            w = tl.trans(w.to(OPERAND))
             if GROUP:
                 total = tl.dot(x.to(OPERAND), w, input_precision="ieee")
                 acc += total * tl.load(scale_ptr + group * N + column).to(tl.float32)[None, :]
@@ -176,7 +180,7 @@ def gemv_kernel(
     bias_ptr, addend_ptr, addend_scale_ptr, addend_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, N, K, steps, stride_xm, stride_xk, stride_am, stride_an,
     ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, GROUP: tl.constexpr, IS_WHOLE: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same with sums of float32 products.  A unit of 16 bytes has PARTS scales.
@@ -209,7 +213,7 @@ def gemv_kernel(
                 k = unit * UNIT + 4 * place + lane
                 at = row * stride_xm + k.to(tl.int64) * stride_xk
                 x = tl.load(x_ptr + at, mask=k < K, other=0.0).to(tl.float32)
-                total += x * widened_place(words, zero, place, BITS)
+                total += x * value_at(words, zero, place, BITS, MANTISSA)
             if GROUP:
                 scale = tl.load(scale_ptr + group * N + column, mask=start < K, other=0.0)
                 total *= scale.to(tl.float32)
@@ -247,6 +251,7 @@ def launch(call: Call) -> Tensor:
     group, after = max(fmt.block, 0), call.epilogue.arguments(n)
     constants = {
         "BITS": fmt.stored_bits,
+        "MANTISSA": fmt.element.man if isinstance(fmt.element, Float) else 0,
         "GROUP": group,
         "PARTS": 2 if group % unit_of(fmt.stored_bits) else 1,
         "IS_WHOLE": is_whole,

@@ -57,6 +57,7 @@ CHOICES = {
         Choice("int4", "int4_row", "dynamic"),
         Choice("int4", "int4", "dynamic"),
         Choice("int8", "bfloat16"),
+        Choice("fp8_e4m3", "bfloat16"),
         Choice("int4", "bfloat16"),
         Choice("int4_g32", "bfloat16"),
         Choice("int4_asym", "bfloat16"),

@@ -108,6 +108,7 @@ ON_SOME = {  # one architecture of each kind of tensor core
     **linears(triton_int4, "int4_progressive", "int8", (64,)),
     **linears(triton_weight_only, "int8", "bfloat16", (1,)),
     **linears(triton_weight_only, "int4_g32", "float16", (16, 0)),
+    **linears(triton_weight_only, "fp8_e4m3", "bfloat16", (1, 16)),
     **full(triton_weight_only, "int8", "bfloat16"),
     **linears(triton_int4, "int4", "int4_row", (16,)),
     **linears(triton_int4, "int4", "int4", (0,)),

@@ -113,8 +113,9 @@ def test_weights_are_read_by_sixteen_bytes(facts):
 
 def test_codes_are_widened_without_conversions(facts):
     for fact, kernel, formats, rows in linears(facts):
-        if formats.startswith(("int4*", "int8*")) and rows != "more":
-            assert not any(re.match(r"I2F\.(S8|U8|S16)", name) for name in fact["instructions"])
+        if formats.startswith(("int4*", "int8*", "fp8")) and rows != "more":
+            slow = r"I2F\.(S8|U8|S16)|F2FP?\..*E4M3"
+            assert not any(re.match(slow, name) for name in fact["instructions"]), fact
         if kernel == "int4_linear" and rows == "16" and formats.endswith("*int8"):
             assert "PRMT" not in fact["instructions"], "bytes of a word are codes as they are"
 

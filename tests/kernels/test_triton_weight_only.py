@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import mpq_fx.kernels  # noqa: F401 - registers the ops
-from mpq_fx.formats import FORMATS, Format, Int
+from mpq_fx.formats import FORMATS, Float, Format, Int
 from mpq_fx.kernels.linear import triton_weight_only
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call, Shape
@@ -33,7 +33,9 @@ from tests.kernels.tolerance import (
 
 NAMES = ("int8", "int8_asym", "int8_tensor", "int8_g128", "int4", "int4_g32", "int4_row")
 FMTS = [*(FORMATS[name] for name in NAMES), FORMATS["int4_asym"], FORMATS["int7_tensor"]]
-ODD = [  # groups that no power of two divides, and two in 16 bytes
+FLOAT8S = [FORMATS["fp8_e4m3"], FORMATS["fp8_e4m3_tensor"]]
+ODD = [  # groups that no power of two divides, and two in 16 bytes; floats that no choice has
+    Format("fp8_e5m2_g48", Float(5, 2), torch.float32, 48),
     Format("int4_g16", Int(4), torch.float16, 16),
     Format("int4_g48", Int(4), torch.float16, 48, symmetric=False),
     Format("int8_g48", Int(8), torch.float32, 48, symmetric=False),
@@ -44,7 +46,7 @@ ONE_ROW, TWO_ROWS = Tile(1, 16, 64, 1, 4, 1), Tile(2, 16, 64, 1, 4, 1)
 CORES, CORES_SPLIT = Tile(16, 16, 64, 2, 4, 1), Tile(16, 16, 64, 1, 4, 1, 3)
 PATHS = {"vector": VECTOR, "vector_split": VECTOR_SPLIT, "cores": CORES, "split": CORES_SPLIT}
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-fmts = pytest.mark.parametrize("fmt", FMTS, ids=str)
+fmts = pytest.mark.parametrize("fmt", FMTS + FLOAT8S, ids=str)
 H100 = Machine("sm_90", 132, 227 << 10)
 
 
@@ -93,7 +95,12 @@ def test_groups_of_any_multiple_of_sixteen(fmt, path):
 
 @paths
 @settings(max_examples=6)
-@given(m=st.integers(1, 20), n=st.integers(1, 20), k=st.integers(1, 150), fmt=st.sampled_from(FMTS))
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 20),
+    k=st.integers(1, 150),
+    fmt=st.sampled_from(FMTS + FLOAT8S),
+)
 def test_any_shape(path, m, n, k, fmt):
     x, w = torch.randn(m, k).bfloat16(), weight(n, k, fmt)
     assert relative_rms(run(x, w, fmt, path=path), want(x, w, fmt)) <= limit(k)
@@ -129,6 +136,19 @@ def test_every_code_and_zero_point_is_widened_exactly_at_every_place():
                 assert torch.equal(got, codes.float().T - zero)
 
 
+@pytest.mark.parametrize("x_fmt", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_every_finite_float_is_widened_exactly_at_every_place(dtype, x_fmt):
+    element = Float(4, 3, "nan") if dtype == torch.float8_e4m3fn else Float(5, 2)
+    fmt, k = Format("fp8", element, torch.float32), 16
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    codes = codes[codes.float().isfinite()]
+    w = Quantized(codes[:, None].repeat(1, k), torch.ones(len(codes), 1), torch.zeros(()).int())
+    for path in (Tile(4, 128, 64, 1, 4, 1), Tile(16, 128, 32, 1, 4, 1)):
+        got = run(torch.eye(k), w, fmt, path=path, x_fmt=x_fmt)
+        assert torch.equal(got, codes.float().repeat(k, 1))
+
+
 BUGS = [
     (swap_nibbles, "int4"),
     (swap_nibbles, "int4_asym"),
@@ -138,6 +158,8 @@ BUGS = [
     (drop_last_block, "int8"),
     (bump_one_code, "int4_row"),
     (bump_one_code, "int8_g128"),
+    (next_row_scale, "fp8_e4m3"),
+    (drop_last_block, "fp8_e4m3"),
 ]
 
 
@@ -248,14 +270,15 @@ def test_refusals_say_why():
     def said(x: str, fmt: Format) -> list[str]:
         return [*WEIGHT_ONLY.refuse(Shape(FORMATS[x], fmt, 1, 64, 64, H100))]
 
-    assert said("bfloat16", FORMATS["int4"]) == said("float32", ODD[1]) == []
+    assert said("bfloat16", FORMATS["int4"]) == said("float32", ODD[2]) == []
     assert said("int8", FORMATS["int8"]) == [
         "activations are bfloat16, float16 or float32 here, not int8"
     ]
     (groups,) = said("bfloat16", Format("g24", Int(4), torch.float16, 24))
     assert groups == "groups are multiples of 16 here, and those of g24 are 24"
     assert "signed" in said("bfloat16", FORMATS["uint8_tensor"])[0]
-    assert "signed" in said("bfloat16", FORMATS["fp8_e4m3"])[0]
+    assert said("bfloat16", FORMATS["fp8_e4m3"]) == said("bfloat16", ODD[0]) == []
+    assert "signed" in said("bfloat16", FORMATS["bfloat16"])[0]
     assert "two levels" in said("bfloat16", FORMATS["int4_progressive"])[0]
 
 
