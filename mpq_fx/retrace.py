@@ -2,7 +2,7 @@
 
 Ops stay whole (linear, conv2d, scaled_dot_product_attention), sizes symbolic.  A vmap region is
 traced below vmap first: traced whole, it would lose the values of batched constants.  What autocast
-was on is noted on each node, for `explicit`.
+was on is noted on each node, for `explicit`.  An op that computes a whole module becomes its parts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: TI
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from mpq_fx.fused_modules import PARTS
 
 DEVICES = ("cpu", "cuda")
 MARKERS = ("_set_grad_enabled", "record_function", "_inference_mode")
@@ -92,6 +94,9 @@ class _Dynamo(Interpreter):
             return None
         n.meta["custom"] = {**n.meta.get("custom", {}), "autocast": autocast_state()}
         return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(PARTS.get(target, target), args, kwargs)
 
     def _expand(self, region: list[Node]) -> None:
         """vmap(f)(x) -> batched ATen ops: traced below vmap, then replayed into this trace."""
