@@ -187,15 +187,20 @@ class Lifecycle:
 
 
 def is_telling(record: Sequence[Any]) -> bool:
-    """Does a call say anything about the data: some finite tensor that is not one value
-    repeated?
+    """Does a call say anything about the data: some tensor that is not one value repeated, and
+    none that is broken?
     """
     tensors = [x for x in record if isinstance(x, Tensor) and not x.is_meta]
-    if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors):
+    if any(x.is_floating_point() and not _is_data(x) for x in tensors):
         return False
     if any(x.numel() == 0 for x in tensors):
         return False
     return not tensors or any(x.numel() == 1 or bool((x != x.flatten()[0]).any()) for x in tensors)
+
+
+def _is_data(x: Tensor) -> bool:
+    """All finite, or an additive mask: -inf at some places, and nothing above zero."""
+    return bool(torch.isfinite(x).all()) or bool((x <= 0).all())  # NaN is not <= 0
 
 
 def _copy(arg: Any) -> Any:

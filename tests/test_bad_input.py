@@ -132,6 +132,24 @@ def test_calls_with_nan_or_inf_are_answered_and_not_counted(isolated):
         assert compiled(spoiled(1))[0].isnan().all(), "nothing hides the user's NaN"
 
 
+def test_calls_with_an_additive_mask_are_counted(isolated):
+    """-inf is what a mask of floats is made of, as nn.Transformer makes it."""
+
+    class Masked(Net):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward((x @ x.T + mask).softmax(-1) @ x)
+
+    compiled = compiled_of(Masked())
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    with torch.inference_mode():
+        for seed in range(3):
+            compiled(batch(seed), mask)
+    (entry,) = mpq_fx.explain(compiled).entries
+    assert entry.plan is not None
+    assert entry.plan.error is not None
+    assert 0 < entry.plan.error < 0.2
+
+
 def test_a_net_that_makes_inf_by_itself_says_where(isolated):
     class Divide(Net):
         def forward(self, x):
