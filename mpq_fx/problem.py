@@ -177,7 +177,8 @@ def unreachable(asked: Problem, convert: Callable[[str, float], float]) -> Infea
             enough = rounded(in_units(n, at), digits=4)
             grown[OPTION[n]] = max(enough, grown.get(OPTION[n], 0.0))
     fix = ", ".join(f'"{name}": {number(value)}' for name, value in grown.items())
-    return InfeasibleError("\n".join(lines), at="budgets", fix=f"options={{{fix}}}")
+    typed = f"options={{{fix}}}" if grown else "wider budgets"
+    return InfeasibleError("\n".join(lines), at="budgets", fix=typed)
 
 
 def words(option: str, value: float) -> str:

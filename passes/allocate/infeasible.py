@@ -17,6 +17,7 @@ from mpq_fx.passes.allocate.problem import (
     TOLERANCE,
     Problem,
     limits_of,
+    meets,
     within,
 )
 
@@ -92,10 +93,11 @@ def diagnose(problem: Problem, *, time_limit: float = 10.0) -> Diagnosis:
     """Deletion filter for the conflict, then one minimization per limit and question."""
     form, limits = form_of(problem), limits_of(problem)
     share = time_limit / max(4 * len(limits), 1)
+    unchanged = {unit: options[0] for unit, options in problem.options.items()}
 
     def least(name: str, names: Iterable[str]) -> Level:
         others = {n: limits[n] for n in names if n != name}
-        return minimize(Search(problem, form, name, others, Clock(share)))
+        return minimize(Search(problem, form, name, others, Clock(share)), unchanged)
 
     if limits and _has_no_plan(least(next(iter(limits)), ())):
         return Diagnosis((), {}, {}, {})
@@ -108,7 +110,7 @@ def diagnose(problem: Problem, *, time_limit: float = 10.0) -> Diagnosis:
         tuple(conflict),
         {n: least(n, ()).value for n in limits},
         {n: least(n, limits).value for n in limits},
-        _reachable(problem, form, share),
+        _reachable(problem, form, share, unchanged),
     )
 
 
@@ -121,12 +123,23 @@ def _is_impossible(level: Level, budget: float) -> bool:
     return _has_no_plan(level) or not within(level.bound, budget)
 
 
-def _reachable(problem: Problem, form: Form, share: float) -> dict[str, float]:
-    """Limits in order: each keeps its value if it can, given those before it, else its least."""
+def _reachable(
+    problem: Problem, form: Form, share: float, unchanged: Mapping[str, str]
+) -> dict[str, float]:
+    """Limits in order: each keeps its value if it can, given those before it, else its least.
+
+    Each search begins with a plan that meets what is settled: CP-SAT may find none in its time.  A
+    limit of which no plan is known is left out.
+    """
     settled: dict[str, float] = {}
+    last = unchanged
     for name, budget in limits_of(problem).items():
-        level = minimize(Search(problem, form, name, settled, Clock(share)))
+        hint = unchanged if meets(problem, settled, unchanged) else last
+        level = minimize(Search(problem, form, name, settled, Clock(share)), hint)
+        if level.assignment is None:
+            continue
         settled[name] = budget if within(level.value, budget) else _up(level.value)
+        last = level.assignment
     return settled
 
 
@@ -136,7 +149,7 @@ def _fix(limits: Mapping[str, float], found: Diagnosis) -> str:
     if single:
         return "  or  ".join(_option({n: found.kept[n]}) for n in single)
     grown = {n: at for n, at in found.reachable.items() if at > limits[n]}
-    return _option(grown)
+    return _option(grown) if grown else "wider budgets"
 
 
 def _option(limits: Mapping[str, float]) -> str:

@@ -28,6 +28,6 @@ def solve(
 
 
 def _minimize(search: Search, hint: Mapping[str, str] | None) -> Level:
-    _, level = start(search, hint)
+    _, level = start(search, hint, alone=True)
     met = level.assignment is not None and relative_gap(level.value, level.bound) <= TOLERANCE
     return Level(level.assignment, level.value, level.bound, ended=met)

@@ -100,12 +100,14 @@ def _is_met(level: Level) -> bool:
     return level.assignment is not None and relative_gap(level.value, level.bound) <= TOLERANCE
 
 
-def start(search: Search, hint: Mapping[str, str] | None) -> tuple[Search, Level]:
-    """Fewer options, a first plan and a bound, before CP-SAT sees the problem."""
+def start(
+    search: Search, hint: Mapping[str, str] | None, *, alone: bool = False
+) -> tuple[Search, Level]:
+    """Fewer options, a first plan and a bound, before CP-SAT sees the problem, or `alone`."""
     hinted = hint if hint is not None and _is_plan(search.form, hint) else None
     tight = _tight(search)
     form = tight if search.problem.excluded else drop_dominated(tight)
-    relaxed = _relaxed(search, form)
+    relaxed = _relaxed(search, form, alone=alone)
     picks = None if relaxed is None else relaxed.picks
     plan = search.best([hinted, None if picks is None else form.assignment(picks)])
     value = math.inf if plan is None else search.value(plan)
@@ -129,10 +131,10 @@ def _tight(search: Search) -> Form:
     return replace(search.form, quantities=quantities)
 
 
-def _relaxed(search: Search, form: Form) -> Relaxation | None:
-    """The relaxation, unless it would take longer than CP-SAT."""
+def _relaxed(search: Search, form: Form, *, alone: bool) -> Relaxation | None:
+    """The relaxation, unless it would take longer than the CP-SAT that follows."""
     count = math.prod(len(group.options) for group in form.groups)
-    if form.is_coupled and count <= FEW:
+    if form.is_coupled and count <= FEW and not alone:
         return None
     whole = joined(form)
     if not form.is_coupled:
