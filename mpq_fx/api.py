@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpq_fx.config import Config
+from mpq_fx.config import Config, wished
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Plan
 from mpq_fx.registry import ROOTS, bindings_of, bypass, entries, root_of, totals
@@ -58,13 +58,12 @@ def tune(  # noqa: PLR0913 -- what a user may say
     from mpq_fx.synthetic.origin import synthetic_facts, with_origins
     from mpq_fx.tuning import tune_model
 
-    given = list(batches)
+    config, given = wished(config), list(batches)
     made_up = synthetic_facts(given)
     if made_up:
         log.warning("%s; compare the plan with float on a few real ones", made_up["note"])
-    wished = partial(tune_model, metric=metric, max_drop=max_drop, loss=loss, alone=alone)
-    config = config or Config()
-    plan = wished(model, given, config=config, progress=progress, checkpoint=checkpoint)
+    run = partial(tune_model, metric=metric, max_drop=max_drop, loss=loss, alone=alone)
+    plan = run(model, given, config=config, progress=progress, checkpoint=checkpoint)
     return with_origins(plan, made_up)
 
 
@@ -114,7 +113,7 @@ def apply(
         materialize(model, plan)
     check_layers(plan, model)
     ROOTS.add(model)
-    config = replace(config or Config(), plan=plan, release=release)
+    config = replace(wished(config), plan=plan, release=release)
     return compile_apart(model, config=config)
 
 

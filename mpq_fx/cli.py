@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -32,6 +33,9 @@ SYNTHETIC_METHODS = {  # of mpq_fx.synthetic, each with a shape
 }
 
 
+OPTIONS = re.compile(r"options=(\{[^{}]*\})")  # in errors, as torch.compile takes them
+
+
 class Failure(click.ClickException):
     """An MpqError as a message on stderr, without a traceback."""
 
@@ -48,7 +52,18 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MpqError as error:
-            raise Failure(str(error)) from error
+            raise Failure(OPTIONS.sub(_as_flags, str(error))) from error
+
+
+def _as_flags(found: re.Match[str]) -> str:
+    """options={"max_size": 1496}  ->  --max-size 1496"""
+    try:
+        options = json.loads(found[1])
+    except ValueError:
+        return found[0]
+    if not options or not all(isinstance(value, (int, float, str)) for value in options.values()):
+        return found[0]
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
 class Wish(click.ParamType):
@@ -153,8 +168,10 @@ def tune(quiet: bool, /, model: str, output: Path, formats: tuple[str, ...], **g
         )
     import mpq_fx
     from mpq_fx.launched import launched
-    from mpq_fx.plan import save
+    from mpq_fx.plan import check_path, save
     from mpq_fx.report import headline
+
+    check_path(output)
 
     def make(is_first: bool) -> tuple[Any, Any]:
         return _made(model, batches, _recipe(synthetic, batches), progress=is_first and not quiet)

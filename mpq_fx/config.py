@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_fx.errors import ConfigError
+from mpq_fx.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from mpq_fx.facts import Plan
@@ -56,6 +57,7 @@ class Config:
             _check_budget(name, getattr(self, name))
         _check_number("calibration_calls", self.calibration_calls, least=3, whole=True)
         _check_number("time_budget", self.time_budget, least=0.0)
+        _check_path("cache_dir", self.cache_dir)
         _check_conflicts(self)
         _check_window(self)
         object.__setattr__(self, "formats", _as_rules("formats", self.formats))
@@ -77,6 +79,17 @@ class Config:
             base = options.pop("config")
             return replace(base, **_known(options)) if options else base
         return cls(**_known(options))
+
+
+def wished(config: Config | None) -> Config:
+    """What a caller of tune, pareto or apply means by config=."""
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config is a {type(config).__name__}, not a Config", fix="config=mpq_fx.Config(...)"
+        )
+    return config
 
 
 def budget(value: float | str | None, of_float: float) -> float | None:
@@ -144,6 +157,11 @@ def _check_number(name: str, value: object, *, least: float, whole: bool = False
         )
 
 
+def _check_path(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name}={value!r} is not a path", fix=f'options={{"{name}": "folder"}}')
+
+
 def _is_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -185,21 +203,37 @@ def _as_rules(name: str, value: object) -> object:
     """
     if value is None:
         return None
+    if not isinstance(value, Mapping):
+        return {"*": _listed(name, value, f'options={{"{name}": [$]}}')}
+    return {
+        str(glob): _listed(f"{name}[{glob!r}]", names, f'options={{"{name}": {{"{glob}": [$]}}}}')
+        for glob, names in value.items()
+    }
+
+
+def _listed(where: str, value: object, typed: str) -> tuple[Any, ...]:
+    """A list as a tuple; `typed` is what to type, with a $ for what is in it."""
     if isinstance(value, str):
         raise ConfigError(
-            f"{name}={value!r} is a string, not a list of names",
-            fix=f'options={{"{name}": ["{value}"]}}',
+            f"{where}={value!r} is a string, not a list of names",
+            fix=typed.replace("$", f'"{value}"'),
         )
-    if isinstance(value, Mapping):
-        return {str(glob): tuple(names) for glob, names in value.items()}
-    return {"*": tuple(value)}  # type: ignore[call-overload]
+    if not isinstance(value, Iterable):
+        raise ConfigError(
+            f"{where}={value!r} is not a list of names", fix=typed.replace("$", '"int8"')
+        )
+    return tuple(value)
 
 
 def _check_names(config: Config) -> None:
+    from mpq_fx.encoding import parse_choice
     from mpq_fx.formats import format_named
 
-    rules = config.formats or {}
-    for names in rules.values():  # type: ignore[union-attr]
+    for glob, names in (config.formats or {}).items():
         for name in names:
-            for part in str(name).split("/")[0].split("*"):
+            try:
+                choice = parse_choice(str(name))
+            except PlanError as error:
+                raise ConfigError(f"formats[{glob!r}]: {error.what}", fix=error.fix) from None
+            for part in (choice.weight, choice.activation):
                 format_named(part)

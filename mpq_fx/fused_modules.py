@@ -27,8 +27,8 @@ def attention(  # noqa: PLR0913 -- the op's
     proj_weight: Tensor,
     proj_bias: Tensor,
     mask: Tensor | None = None,
-    need_weights: bool = True,  # noqa: FBT001, FBT002 -- the op's
-    average_attn_weights: bool = True,  # noqa: FBT001, FBT002 -- the op's
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """proj(softmax(q kᵀ / √d + mask) v), and the softmax or its mean over heads if asked
@@ -68,8 +68,8 @@ def encoder_layer(  # noqa: PLR0913 -- the op's
     qkv_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    use_gelu: bool,  # noqa: FBT001 -- the op's
-    norm_first: bool,  # noqa: FBT001 -- the op's
+    use_gelu: bool,
+    norm_first: bool,
     eps: float,
     norm_weight_1: Tensor,
     norm_bias_1: Tensor,

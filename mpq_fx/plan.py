@@ -28,7 +28,7 @@ LINE = 100  # a list or an object that fits on a line of this length is written 
 def save(plan: Plan, path: str | Path) -> None:
     """plan -> `path` (JSON) and, if it has tensors, the same name with .safetensors; both whole."""
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     facts = encode(replace(plan, tensors={}))
     facts["tensors"] = None
     if plan.tensors:
@@ -118,7 +118,8 @@ def _number(value: float | None) -> str:
     return "(none)" if value is None else f"{value:.4g}"
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """PlanError where no plan can be saved: to be asked before there is one."""
     if path.suffix == ".safetensors":
         raise PlanError(
             f"{path} would hold both the plan and its tensors",

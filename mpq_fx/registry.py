@@ -94,7 +94,7 @@ def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...]]
         key = id(binding.plan or binding), lifecycle.reason or binding.reason
         groups.setdefault(key, []).append(k)
     if not found and (reason := bypass(compiled)):
-        return [("generate", None, reason, ())]
+        return [("no graph", None, reason, ())]
     return [
         (_label(graphs), found[graphs[0]][1].plan, reason, _float_rows(*found[graphs[0]], reason))
         for (_, reason), graphs in groups.items()
@@ -121,10 +121,16 @@ def _float_rows(lifecycle: Lifecycle, binding: Binding, reason: str) -> tuple[Ro
 
 
 def bypass(compiled: Any) -> str:
-    """Why a wrapper of torch.compile may never have been called: `generate` is not its own.
+    """Why calls of a compiled model may never have reached a backend, or "".
 
     wrapper.generate is the method of the model inside, which calls that model and not the wrapper.
+    And Dynamo traces no frame of torch.nn itself, where model.compile() of a class there begins.
     """
+    if isinstance(compiled, torch.nn.Module) and _begins_in_torch(compiled):
+        return (
+            f"Dynamo skips {type(compiled).__name__}.compile(), whose forward is torch.nn's own; "
+            'type model = torch.compile(model, backend="mpq") instead'
+        )
     model = getattr(compiled, "_orig_mod", None)
     if model is None or not callable(getattr(model, "generate", None)):
         return ""
@@ -132,6 +138,11 @@ def bypass(compiled: Any) -> str:
         ".generate() of a torch.compile wrapper calls the uncompiled model; type "
         'model.compile(backend="mpq") instead, which compiles in place'
     )
+
+
+def _begins_in_torch(model: torch.nn.Module) -> bool:
+    is_torchs = type(model).forward.__module__.startswith("torch.nn.")
+    return is_torchs and model._compiled_call_impl is not None
 
 
 def totals(compiled: Any) -> dict[str, int]:

@@ -17,6 +17,10 @@ from mpq_fx.facts import Plan, Row
 from mpq_fx.remeasured import is_predicted
 
 WIDTH = 120
+NO_GRAPH = (
+    'no graph of this model was compiled with backend="mpq": call the compiled model; if it was '
+    "called, Dynamo ran it eager"
+)
 FLOATS = ("inductor float", "float")  # variants that stand for the user's model, best first
 WORTH = 1.02  # a step of the frontier is offered if it is faster by this factor
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

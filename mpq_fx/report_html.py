@@ -15,6 +15,7 @@ from mpq_fx.facts import Plan, Row
 from mpq_fx.front import seen_error
 from mpq_fx.remeasured import is_predicted
 from mpq_fx.report import (
+    NO_GRAPH,
     Entry,
     Report,
     activation_bytes,
@@ -62,6 +63,7 @@ def page(report: Report) -> str:
         shares=shares,
         pictures_of_coverage=_coverage(shares, kinds),
         dynamo=dynamo_lines(report.dynamo),
+        nothing=NO_GRAPH,
     )
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mpq_fx.facts import Plan, Row
 from mpq_fx.report import (
+    NO_GRAPH,
     Entry,
     Report,
     Share,
@@ -46,7 +47,7 @@ def rendered(report: Report, width: int) -> RenderableType:
     for entry in report.entries:
         parts += _entry(entry, width)
     if not report.entries:
-        parts.append(Text('no graph was compiled with backend="mpq" yet: call the model first'))
+        parts.append(Text(NO_GRAPH))
     if shares := coverage(report):
         parts += [_title("Coverage"), _coverage(shares)]
     if lines := dynamo_lines(report.dynamo):

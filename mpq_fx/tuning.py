@@ -5,6 +5,7 @@ one
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,9 +81,13 @@ def tune_model(  # noqa: PLR0913 -- what a user may say
 
 def _observing(config: Config, processes: Processes, *, has_loss: bool) -> Config:
     """`tune` decides when to solve; of several processes none goes on alone after an error."""
+    if config.plan is not None:
+        raise ConfigError(
+            "tune makes a plan, and the config names one already",
+            fix="mpq_fx.apply(model, plan) runs it; mpq_fx.Config(...) without plan makes another",
+        )
     on_error = config.on_error if processes.size == 1 else "raise"
-    calls = UNLIMITED
-    return replace(config, calibration_calls=calls, plan=None, loss=has_loss, on_error=on_error)
+    return replace(config, calibration_calls=UNLIMITED, loss=has_loss, on_error=on_error)
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,11 @@ class _Standard:
     def judge(self, binding: Binding) -> Judge:
         base, count = _measured(self.metric, self.model)
         limit = self.max_drop or 0.0
+        if base == 0.0 or not math.isfinite(base):
+            raise CalibrationError(
+                f"the metric of the float model is {base:g}, and max_drop is a share of it",
+                fix="a metric that is finite and not 0 there, such as an accuracy",
+            )
         if count is not None and limit < 1 / count:
             raise ConfigError(
                 f"max_drop={limit:g} cannot be seen on {count} examples: "
@@ -372,6 +382,9 @@ def _is_covered(binding: Binding, found: Sequence[tuple[Lifecycle, Binding]]) ->
 def _check(
     model: torch.nn.Module, batches: Sequence[Any], metric: Metric | None, max_drop: float | None
 ) -> None:
+    if not isinstance(model, torch.nn.Module):
+        what = f"tune plans a torch.nn.Module, and was given a {type(model).__name__}"
+        raise ConfigError(what, fix="make it the forward of a Module that owns its weights")
     if not batches:
         raise CalibrationError("tune got no batches", fix="mpq_fx.tune(model, [x1, x2, ...])")
     if model.training:

@@ -166,3 +166,19 @@ def test_generate_on_a_wrapper_is_diagnosed_with_the_line_to_type(isolated):
     with torch.inference_mode():
         model.generate(batch(0))
     assert bindings_of(model)
+
+
+@pytest.mark.parametrize("net", [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.GELU())])
+def test_a_module_of_torch_that_is_compiled_in_place_says_what_to_type(isolated, net):
+    """Dynamo traces no frame of torch.nn, where model.compile() begins there: nothing is seen."""
+    net = net.eval()
+    net.compile(backend="mpq", options=OPTIONS)
+    with torch.inference_mode():
+        net(torch.randn(2, 4))
+    (entry,) = mpq_fx.explain(net).entries
+    assert entry.plan is None
+    assert entry.reason.startswith(f"Dynamo skips {type(net).__name__}.compile()")
+    assert 'torch.compile(model, backend="mpq")' in entry.reason
+    with pytest.raises(CalibrationError, match="no compiled graph") as caught:
+        mpq_fx.finalize(net)
+    assert caught.value.fix == entry.reason

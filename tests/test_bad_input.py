@@ -101,6 +101,30 @@ def test_the_solver_that_is_named_solves(isolated):
     assert all(plan is not None and plan.error <= plan.tolerance * 1.5 for plan in found)
 
 
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        (
+            {"formats": {"up": ["int8/dynamc"]}},
+            "formats['up']: 'int8/dynamc' is not a choice",
+            'weight*activation/scaling+transform, for example "int8*uint8_tensor/static"',
+        ),
+        (
+            {"formats": {"up": "int8"}},
+            "formats['up']='int8' is a string, not a list of names",
+            'options={"formats": {"up": ["int8"]}}',
+        ),
+        ({"formats": 8}, "formats=8 is not a list of names", 'options={"formats": ["int8"]}'),
+        ({"cache_dir": 8}, "cache_dir=8 is not a path", 'options={"cache_dir": "folder"}'),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant_are_refused_at_once(options, what, fix):
+    with pytest.raises(ConfigError) as caught:
+        Config(**options)
+    assert (caught.value.what, caught.value.fix) == (what, fix)
+
+
 def test_a_glob_that_matches_nothing_names_the_sites(isolated):
     model = Net()
     compiled = compiled_of(model, formats={"encoder.*": ["int8"]})

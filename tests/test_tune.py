@@ -345,3 +345,22 @@ def test_batches_and_models_that_cannot_be_tuned_are_refused(isolated, model):
         tune(nn.ReLU().eval())
     with pytest.raises(MpqError, match="int is not a compiled module"):
         mpq_fx.explain(3)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf")])
+def test_a_metric_of_which_there_is_no_share_is_refused(model, value):
+    with pytest.raises(CalibrationError, match=f"the metric of the float model is {value:g}"):
+        tune(model, metric=lambda net: value, max_drop=0.1)
+
+
+def test_tune_and_apply_say_what_they_were_given_instead(model, plan):
+    options = {"target": "reference"}
+    for run in (mpq_fx.tune, mpq_fx.pareto):
+        with pytest.raises(ConfigError, match="config is a dict, not a Config"):
+            run(model, BATCHES, config=options, progress=False)
+    with pytest.raises(ConfigError, match="config is a dict, not a Config"):
+        mpq_fx.apply(model, plan, config=options)
+    with pytest.raises(ConfigError, match=r"a torch\.nn\.Module, and was given a function"):
+        tune(lambda x: x)
+    with pytest.raises(ConfigError, match="tune makes a plan, and the config names one already"):
+        tune(model, plan=plan)

@@ -199,6 +199,8 @@ def test_every_field_of_config_is_an_option_with_its_default_and_comment(run):
         ),
         (("tune", "nets:both", "-o", "p.json", "--tolerance", "-1"), "tolerance=-1"),
         (("tune", "nets:both", "-o", "p.json", "--max-size", "half"), "max_size='half'"),
+        (("tune", "nets:both", "-o", "p.json", "--max-size", "half"), "fix  --max-size 0.5x"),
+        (("tune", "nets:both", "-o", "missing/p.json"), "folder missing does not exist"),
         (
             ("tune", "nets:both", "-o", "p.json", "--objective", "sped"),
             "did you mean 'speed'|latency",

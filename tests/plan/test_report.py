@@ -97,7 +97,7 @@ def test_graphs_without_a_plan_give_their_reason(report):
 
 def test_nothing_compiled_is_said_and_not_an_error():
     empty = report_of([])
-    assert "no graph was compiled" in str(empty)
+    assert "no graph of this model was compiled" in str(empty)
     assert json.loads(empty.to_json())["graphs"] == []
 
 
