@@ -83,27 +83,23 @@ def encoder_layer(  # noqa: PLR0913 -- the op's
     mask_type: int | None = None,
 ) -> Tensor:
     """norm_first: x + f(norm(x)), else norm(x + f(x)), f first attention, then the two linears"""
-    projections = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+    projections = (embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias)
 
     def attend(x: Tensor) -> Tensor:
-        dims = (embed_dim, num_heads)
-        return attention(
-            x, x, x, *dims, *projections, mask=mask, need_weights=False, mask_type=mask_type
-        )[0]
+        return attention(x, x, x, *projections, mask, need_weights=False, mask_type=mask_type)[0]
 
     def feed(x: Tensor) -> Tensor:
-        hidden = functional.linear(x, ffn_weight_1, ffn_bias_1)
-        hidden = functional.gelu(hidden) if use_gelu else functional.relu(hidden)
-        return functional.linear(hidden, ffn_weight_2, ffn_bias_2)
+        x = functional.linear(x, ffn_weight_1, ffn_bias_1)
+        x = functional.gelu(x) if use_gelu else functional.relu(x)
+        return functional.linear(x, ffn_weight_2, ffn_bias_2)
 
-    x = src
     norms = ((norm_weight_1, norm_bias_1), (norm_weight_2, norm_bias_2))
-    for part, (weight, bias) in zip((attend, feed), norms, strict=True):
+    for part, norm in zip((attend, feed), norms, strict=True):
         if norm_first:
-            x = x + part(functional.layer_norm(x, (embed_dim,), weight, bias, eps))
+            src = src + part(functional.layer_norm(src, (embed_dim,), *norm, eps))
         else:
-            x = functional.layer_norm(x + part(x), (embed_dim,), weight, bias, eps)
-    return x
+            src = functional.layer_norm(src + part(src), (embed_dim,), *norm, eps)
+    return src
 
 
 # What Dynamo's graph calls -> what is traced instead.

@@ -10,12 +10,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from mpq_fx.errors import ConfigError, PluginError
 
 GROUPS = ("formats", "passes", "metrics", "solvers", "searches", "kernels", "targets")
+RECORDS = {  # what a plug-in of a group is; of the other groups a function
+    "mpq_fx.formats": ("mpq_fx.formats", "Format"),
+    "mpq_fx.searches": ("mpq_fx.passes.allocate.search", "Search"),
+    "mpq_fx.kernels": ("mpq_fx.passes.lower.kernel", "Kernel"),
+    "mpq_fx.targets": ("mpq_fx.passes.lower.target", "Target"),
+}
 T = TypeVar("T")
 _TRIED: list[EntryPoint] = []  # of this process only
 
@@ -93,6 +100,7 @@ def loaded(entry: EntryPoint) -> Any:
             at=f"{entry.group}: {entry.value}",
             fix=f"pip install --upgrade {package(entry)}, or uninstall it",
         ) from error
+    _check_kind(entry, found)
     if getattr(found, "name", entry.name) != entry.name:
         raise PluginError(
             f"{package(entry)} declares {entry.name!r}, which calls itself {found.name!r}",
@@ -100,6 +108,19 @@ def loaded(entry: EntryPoint) -> Any:
             fix="one name for both",
         )
     return found
+
+
+def _check_kind(entry: EntryPoint, found: Any) -> None:
+    home, kind = RECORDS.get(entry.group, ("", ""))
+    fits = isinstance(found, getattr(import_module(home), kind)) if kind else callable(found)
+    if not fits:
+        wanted = f"{home}.{kind}" if kind else "a function"
+        raise PluginError(
+            f"the plug-in {entry.name!r} of {package(entry)} is of type {type(found).__name__}, "
+            f"not {wanted}",
+            at=f"{entry.group}: {entry.value}",
+            fix=f"name {wanted} there, or uninstall {package(entry)}",
+        )
 
 
 def package(entry: EntryPoint) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx.config import Config
-from mpq_fx.errors import CalibrationError, MpqError, PlanError
+from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_of
 from tests.small import OPTIONS, Net, batch, call, compiled_of, state, tune
@@ -182,3 +182,30 @@ def test_a_module_of_torch_that_is_compiled_in_place_says_what_to_type(isolated,
     with pytest.raises(CalibrationError, match="no compiled graph") as caught:
         mpq_fx.finalize(net)
     assert caught.value.fix == entry.reason
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        (
+            {"formats": {"up": ["int8/dynamc"]}},
+            "formats['up']: 'int8/dynamc' is not a choice",
+            'weight*activation/scaling+transform, for example "int8*uint8_tensor/static"',
+        ),
+        (
+            {"formats": {"up": "int8"}},
+            "formats['up']='int8' is a string, not a list of names",
+            'options={"formats": {"up": ["int8"]}}',
+        ),
+        ({"formats": 8}, "formats=8 is not a list of names", 'options={"formats": ["int8"]}'),
+        ({"cache_dir": 8}, "cache_dir=8 is not a path", 'options={"cache_dir": "folder"}'),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant_are_refused_at_once(options, what, fix):
+    with pytest.raises(ConfigError) as caught:
+        Config(**options)
+    assert (caught.value.what, caught.value.fix) == (what, fix)

@@ -101,30 +101,6 @@ def test_the_solver_that_is_named_solves(isolated):
     assert all(plan is not None and plan.error <= plan.tolerance * 1.5 for plan in found)
 
 
-@pytest.mark.parametrize(
-    ("options", "what", "fix"),
-    [
-        (
-            {"formats": {"up": ["int8/dynamc"]}},
-            "formats['up']: 'int8/dynamc' is not a choice",
-            'weight*activation/scaling+transform, for example "int8*uint8_tensor/static"',
-        ),
-        (
-            {"formats": {"up": "int8"}},
-            "formats['up']='int8' is a string, not a list of names",
-            'options={"formats": {"up": ["int8"]}}',
-        ),
-        ({"formats": 8}, "formats=8 is not a list of names", 'options={"formats": ["int8"]}'),
-        ({"cache_dir": 8}, "cache_dir=8 is not a path", 'options={"cache_dir": "folder"}'),
-    ],
-    ids=str,
-)
-def test_values_that_cannot_be_meant_are_refused_at_once(options, what, fix):
-    with pytest.raises(ConfigError) as caught:
-        Config(**options)
-    assert (caught.value.what, caught.value.fix) == (what, fix)
-
-
 def test_a_glob_that_matches_nothing_names_the_sites(isolated):
     model = Net()
     compiled = compiled_of(model, formats={"encoder.*": ["int8"]})
@@ -154,24 +130,6 @@ def test_calls_with_nan_or_inf_are_answered_and_not_counted(isolated):
     assert state(compiled) == (0, "")
     with torch.inference_mode():
         assert compiled(spoiled(1))[0].isnan().all(), "nothing hides the user's NaN"
-
-
-def test_calls_with_an_additive_mask_are_counted(isolated):
-    """-inf is what a mask of floats is made of, as nn.Transformer makes it."""
-
-    class Masked(Net):
-        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return super().forward((x @ x.T + mask).softmax(-1) @ x)
-
-    compiled = compiled_of(Masked())
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
-    with torch.inference_mode():
-        for seed in range(3):
-            compiled(batch(seed), mask)
-    (entry,) = mpq_fx.explain(compiled).entries
-    assert entry.plan is not None
-    assert entry.plan.error is not None
-    assert 0 < entry.plan.error < 0.2
 
 
 def test_a_net_that_makes_inf_by_itself_says_where(isolated):

@@ -11,6 +11,7 @@ import mpq_fx
 from mpq_fx.fused_modules import PARTS
 from mpq_fx.graph import ops
 from tests.architectures import values
+from tests.small import Net, batch, compiled_of
 from tests.toy_backend import Toy
 
 OFF_THE_END = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]).bool()
@@ -121,3 +122,21 @@ def test_masks_of_floats_are_added(isolated):
         heads = functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
         want = net.out_proj(heads)
     torch.testing.assert_close(y, want)
+
+
+def test_calls_with_an_additive_mask_are_counted(isolated):
+    """-inf is what a mask of floats is made of, as nn.Transformer makes it."""
+
+    class Masked(Net):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward((x @ x.T + mask).softmax(-1) @ x)
+
+    compiled = compiled_of(Masked())
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    with torch.inference_mode():
+        for seed in range(3):
+            compiled(batch(seed), mask)
+    (entry,) = mpq_fx.explain(compiled).entries
+    assert entry.plan is not None
+    assert entry.plan.error is not None
+    assert 0 < entry.plan.error < 0.2

@@ -119,6 +119,26 @@ def test_a_plug_in_that_cannot_be_loaded_says_whose_it_is(install, code, reason)
         format_named("int6")
 
 
+@pytest.mark.parametrize(
+    ("group", "code", "said"),
+    [
+        ("formats", "thing = 3", "int, not mpq_fx.formats.Format"),
+        ("targets", "thing = 'cpu'", "str, not mpq_fx.passes.lower.target.Target"),
+        ("searches", "def thing(): ...", "function, not mpq_fx.passes.allocate.search.Search"),
+        ("kernels", "def thing(): ...", "function, not mpq_fx.passes.lower.kernel.Kernel"),
+        ("metrics", "thing = 3", "int, not a function"),
+        ("passes", "thing = ()", "tuple, not a function"),
+        ("solvers", "thing = 3", "int, not a function"),
+    ],
+)
+def test_a_plug_in_of_another_type_is_refused_by_name(install, group, code, said):
+    install("tiny_wrong", code, **{group: "thing = tiny_wrong:thing"})
+    with pytest.raises(PluginError) as caught:
+        plugins.load(group)
+    assert caught.value.what == f"the plug-in 'thing' of tiny_wrong is of type {said}"
+    assert caught.value.at == f"mpq_fx.{group}: tiny_wrong:thing"
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(install):
     install("tiny_metric", "def volume(): ...", metrics="volume = tiny_metric:volume")
     with pytest.raises(ConfigError, match="did you mean 'volume'"):

@@ -91,9 +91,18 @@ def minimize(search: Search, hint: Mapping[str, str] | None = None) -> Level:
         found = run(task, search.clock)
         level = _learned(search, level, task, found)
         if found.outcome != "OPTIMAL":
-            return level if level.assignment else _rounded_up(search, level, hints)
+            return _unfinished(search, level, hints)
         cuts = (*cuts, found.picks)
     return replace(level, ended=True) if _is_met(level) else _rounded_up(search, level, hints)
+
+
+def _unfinished(search: Search, level: Level, hints: tuple[int | None, ...]) -> Level:
+    """What there is where CP-SAT ran out of time: few plans, not relaxed before, are now."""
+    if _has_few(search.form):
+        _, late = start(search, level.assignment, alone=True)
+        better = late if late.value < level.value else level
+        level = replace(better, bound=min(max(level.bound, late.bound), better.value))
+    return level if level.assignment else _rounded_up(search, level, hints)
 
 
 def _is_met(level: Level) -> bool:
@@ -133,8 +142,7 @@ def _tight(search: Search) -> Form:
 
 def _relaxed(search: Search, form: Form, *, alone: bool) -> Relaxation | None:
     """The relaxation, unless it would take longer than the CP-SAT that follows."""
-    count = math.prod(len(group.options) for group in form.groups)
-    if form.is_coupled and count <= FEW and not alone:
+    if _has_few(form) and not alone:
         return None
     whole = joined(form)
     if not form.is_coupled:
@@ -142,6 +150,10 @@ def _relaxed(search: Search, form: Form, *, alone: bool) -> Relaxation | None:
     seconds = search.clock.limit * SHARE
     found = relax_pairs(whole.form, search.name, search.limits, seconds=seconds)
     return whole.apart(found)
+
+
+def _has_few(form: Form) -> bool:
+    return form.is_coupled and math.prod(len(group.options) for group in form.groups) <= FEW
 
 
 def _is_plan(form: Form, hint: Mapping[str, str]) -> bool:
