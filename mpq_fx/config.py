@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_fx.errors import ConfigError, PlanError
+from mpq_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpq_fx.facts import Plan
@@ -21,6 +21,7 @@ OBJECTIVES = ("latency", "size", "error")
 ON_ERROR = ("raise", "float")
 RELATIVE_BUDGETS = ("max_latency", "max_size", "max_bits", "max_bops", "max_activation_memory")
 FLOOR = "min_bits"
+SCALED = ("dynamic", "static")  # when the scale of an activation is known, where it has one
 
 
 @dataclass(frozen=True)
@@ -226,14 +227,15 @@ def _listed(where: str, value: object, typed: str) -> tuple[Any, ...]:
 
 
 def _check_names(config: Config) -> None:
-    from mpq_fx.encoding import parse_choice
     from mpq_fx.formats import format_named
 
     for glob, names in (config.formats or {}).items():
-        for name in names:
-            try:
-                choice = parse_choice(str(name))
-            except PlanError as error:
-                raise ConfigError(f"formats[{glob!r}]: {error.what}", fix=error.fix) from None
-            for part in (choice.weight, choice.activation):
+        for name in map(str, names):
+            formats, slash, scaling = name.partition("+")[0].partition("/")
+            if slash and scaling not in SCALED:
+                raise ConfigError(
+                    f"formats[{glob!r}]: {name!r} is not a choice",
+                    fix=nearest(name, [f"{formats}/{when}" for when in SCALED]),
+                )
+            for part in formats.split("*"):
                 format_named(part)

@@ -193,7 +193,7 @@ def test_a_module_of_torch_that_is_compiled_in_place_says_what_to_type(isolated,
         (
             {"formats": {"up": ["int8/dynamc"]}},
             "formats['up']: 'int8/dynamc' is not a choice",
-            'weight*activation/scaling+transform, for example "int8*uint8_tensor/static"',
+            "did you mean 'int8/dynamic'? valid: int8/dynamic, int8/static",
         ),
         (
             {"formats": {"up": "int8"}},
