@@ -68,10 +68,12 @@ class Search:
 
     @property
     def excluded(self) -> tuple[tuple[int, ...], ...]:
-        """The excluded plans by index; one with an option that was dropped cannot come up."""
-        found = (self.form.picks(plan) for plan in self.problem.excluded)
-        whole = (tuple(i for i in picks if i is not None) for picks in found)
-        return tuple(picks for picks in whole if len(picks) == len(self.form.groups))
+        """The excluded plans by index.  One with an option that was dropped cannot come up, nor one
+        whose tied units differ, which by index would be another plan.
+        """
+        whole = (plan for plan in self.problem.excluded if _is_plan(self.form, plan))
+        found = (self.form.picks(plan) for plan in whole)
+        return tuple(tuple(i for i in picks if i is not None) for picks in found)
 
 
 def minimize(search: Search, hint: Mapping[str, str] | None = None) -> Level:

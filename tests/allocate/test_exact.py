@@ -125,6 +125,17 @@ def test_excluding_the_answers_so_far_gives_the_next_best(problem, count):
         problem = replace(problem, excluded=(*problem.excluded, got.assignment))
 
 
+def test_an_excluded_plan_whose_tied_units_differ_excludes_no_other():
+    options = dict.fromkeys("abc", ("w8", "w4"))
+    table = {(u, o): float(o == "w8") for u in options for o in options[u]}
+    pairs = {("a", "w4", "c", "w4"): -1.0}  # without a pair no CP-SAT would be asked
+    excluded = ({"a": "w4", "b": "w8", "c": "w4"},)
+    problem = Problem(
+        options, table, ("error",), pairs=pairs, ties=(("a", "b"),), excluded=excluded
+    )
+    assert cp_sat.solve(problem).assignment == dict.fromkeys("abc", "w4")
+
+
 def test_with_every_plan_excluded_the_error_says_so():
     options, table = {"a": ("w8", "w4")}, {("a", "w8"): 1.0, ("a", "w4"): 2.0}
     problem = Problem(options, table, ("error",), excluded=({"a": "w8"}, {"a": "w4"}))
