@@ -38,6 +38,7 @@ from mpq_fx.passes.analyze.replay import (
     run_in,
     worst_error,
 )
+from mpq_fx.passes.analyze.sites import shared_weights
 from mpq_fx.passes.analyze.trace import Trace, trace
 from mpq_fx.passes.analyze.work import Work
 from mpq_fx.passes.lower.target import Target, available
@@ -115,7 +116,8 @@ def measure(
         local = {name: site for site, name in binding.site_names.items()}
         timed = Timed(local, options, tied, seen.target, config.cache_dir)
         ms, float_ms = mean_latency(shapes_of((code, *others), clock), timed, clock)
-    tables = {**errors, "latency": ms, **sizes(sites, options)}
+    shared = shared_weights(graph.gm, sites)
+    tables = {**errors, "latency": ms, **sizes(sites, options, shared)}
     found = (seen.target, sites, seen.values, seen.parts, replay, seen.proposal, seen.observed)
     limits = (references, tolerance_of(config, yardstick), yardstick)
     return Measured(*found, *limits, tables, float_ms, tied, graph.caches, live)

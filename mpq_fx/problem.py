@@ -4,7 +4,7 @@ tolerance    Σ noise power        ≤ tolerance² · scale   (scale from the bi
 error)
              of a loss also Σ noise power of the singles: rises may cancel, errors remain
 max_latency  rest + Σ ms          ≤ ms of a call          rest = what no site accounts for
-max_size     rest + Σ bytes       ≤ bytes
+max_size     rest + Σ bytes       ≤ bytes             (what sites share counts once)
 max_bits     Σ share of mean bits ≤ mean bits
 min_bits     Σ share of mean bits ≥ mean bits
 max_bops     Σ MAC · bits · bits  ≤ bops
@@ -135,7 +135,17 @@ def fixed(tables: Mapping[str, Table], baseline: Mapping[str, float], name: str)
     first: dict[str, str] = {}  # the first option of a unit is the precision of the user's model
     for unit, option in tables[ERROR].values:
         first.setdefault(unit, option)
-    return baseline[name] - sum(tables[name].values[key] for key in first.items())
+    return baseline[name] - total(tables[name], first)
+
+
+def total(table: Table, assignment: Mapping[str, str]) -> float:
+    """Σ over units, and over the pairs of choices that an assignment has."""
+    both = (
+        term
+        for (u, c, v, d), term in table.pairs.items()
+        if assignment[u] == c and assignment[v] == d
+    )
+    return sum(table.values[key] for key in assignment.items()) + sum(both)
 
 
 def in_user_units(

@@ -22,7 +22,16 @@ from mpq_fx.passes.allocate.problem import ERROR, NOISE
 from mpq_fx.passes.allocate.search import Shares, is_allowed, remembered
 from mpq_fx.passes.analyze.mixture import Mixture, mixed
 from mpq_fx.passes.analyze.replay import Replayer, output_error, worst_error
-from mpq_fx.problem import MEMORY, in_user_units, numbers, problem, unchanged, unreachable, words
+from mpq_fx.problem import (
+    MEMORY,
+    in_user_units,
+    numbers,
+    problem,
+    total,
+    unchanged,
+    unreachable,
+    words,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def float_baseline(measured: Measured) -> dict[str, float]:
     """What the float model uses in all: the sum over sites and, of bytes, every other parameter."""
     first = {unit: kept[0].name for unit, kept in measured.proposal.options.items()}
     sums = {
-        name: sum(table.values[key] for key in first.items())
+        name: total(table, first)
         for name, table in measured.tables.items()
         if name not in (ERROR, NOISE)
     }

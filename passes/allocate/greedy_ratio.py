@@ -8,7 +8,9 @@ asking for all would take wherever ratios only fall.  A move that is not allowed
 never tried again.
 
 Saved is, until all budgets are met, what is saved of their excess, in shares of the budgets; after
-that, of the objective.  If the error is the objective, nothing is left to save then.
+that, of the objective.  If the error is the objective, nothing is left to save then.  What two
+groups have in common (a weight that both read) counts for each of them there: no step by itself
+saves it.  So a step may cost what only a later one makes up for, and the best plan is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpq_fx.passes.allocate.groups import groups_of
@@ -90,32 +93,50 @@ def changes_of(problem: Problem, members: Mapping[str, tuple[str, ...]]) -> Chan
     return Changes(problem, members, found)
 
 
+def without_credits(problem: Problem) -> Problem:
+    """The resources without what choices have in common: terms of pairs below 0."""
+    dear = {n: {at: t for at, t in terms.items() if t > 0.0} for n, terms in problem.edges.items()}
+    return replace(problem, edges=dear)
+
+
 @dataclass
 class _State:
     """The plan so far, the moves that are not finished, and what those lost that were asked for."""
 
     plan: dict[str, str]
     moves: list[Move]
+    apart: Changes  # of the resources without credits: what a move is said to save
     losses: dict[Move, float] = field(default_factory=dict)  # beside the plan of that time
 
 
 def greedy_ratio(problem: Problem, evaluator: Evaluator) -> Candidate | None:
-    """The plan after the last move that was allowed.
+    """The best plan after an allowed move: the last, unless credits made another cheaper.
 
     Once time is over nothing more is asked for: budgets that are not met yet are met by prediction.
     """
     check_budgets_alone(problem)
     begin = time.perf_counter()
     groups = groups_of(problem)
-    changes = changes_of(problem, {g.members[0]: g.members for g in groups})
+    members = {g.members[0]: g.members for g in groups}
+    changes, apart = (changes_of(p, members) for p in (problem, without_credits(problem)))
     moves = [Move(g.members[0], o) for g in groups for o in g.options[1:]]
-    state = _State({u: g.options[0] for g in groups for u in g.members}, moves)
+    state = _State({u: g.options[0] for g in groups for u in g.members}, moves, apart)
+    best = state.plan
     while (move := _next(changes, evaluator, state)) is not None:
         state.plan = changes.after(state.plan, move)
         state.losses = {m: lost for m, lost in state.losses.items() if m.group != move.group}
-    if _unmet(problem, state.plan):
+        best = min(state.plan, best, key=partial(_rank, problem))
+    if _unmet(problem, best):
         evaluator.solve(problem)  # raises where no plan meets the budgets, and says why
-    return candidate_of(problem, evaluator, state.plan, time.perf_counter() - begin)
+    return candidate_of(problem, evaluator, best, time.perf_counter() - begin)
+
+
+def _rank(problem: Problem, plan: Plan) -> tuple[bool, float]:
+    """Plans that meet the budgets come first, the cheapest of them before all; of two that do not
+    the one that was reached later, which is the one that is asked about first.
+    """
+    is_unmet, name = bool(_unmet(problem, plan)), problem.objective[0]
+    return is_unmet, 0.0 if is_unmet or name == ERROR else value_of(problem, name, plan)
 
 
 def _next(changes: Changes, evaluator: Evaluator, state: _State) -> Move | None:
@@ -167,9 +188,9 @@ def _savings(
             for name, used in met.items()
         ):
             continue
-        saved = -changes.of(problem.objective[0], plan, move)
+        saved = -state.apart.of(problem.objective[0], plan, move)
         if unmet:
-            parts = {name: min(-changes.of(name, plan, move), unmet[name]) for name in unmet}
+            parts = {name: min(-state.apart.of(name, plan, move), unmet[name]) for name in unmet}
             saved = sum(part / (problem.budgets[name] or 1.0) for name, part in parts.items())
         if saved > 0.0:
             yield move, saved

@@ -7,6 +7,7 @@ of plug-ins are not, whose code may change under one version.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -146,8 +147,14 @@ def conversion_key(site: Site, before: Choice | None, after: Choice) -> str:
     return f"{site.op} {site.input_shape} {site.dtype} {made} -> {after.name}"
 
 
-def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
-    """Exact tables: bytes of the weight as stored, its share of mean bits, MAC · bits · bits."""
+def sizes(
+    sites: tuple[Site, ...], options: Options, shared: Sequence[Sequence[str]] = ()
+) -> dict[str, Table]:
+    """Exact tables: bytes of the weight as stored, its share of mean bits, MAC · bits · bits.
+
+    Mean bits are over sites.  Bytes that sites of one weight (`shared`) have in common count once:
+    see `common_bytes`.
+    """
     size, bits, bops = {}, {}, {}
     weights = max(1, sum(site.weight_numel for site in sites))
     for site in sites:
@@ -156,10 +163,33 @@ def sizes(sites: tuple[Site, ...], options: Options) -> dict[str, Table]:
             size[key] = stored_bits(site, choice) / 8
             bits[key] = 8 * size[key] / weights
             bops[key] = float(site.macs * width(choice.weight) * width(choice.activation))
+    by_name = {site.name: site for site in sites}
+    pairs = {}
+    for names in shared:
+        for first, second in itertools.pairwise(by_name[name] for name in names):
+            pairs |= common_bytes(first, second, options)
     return {
-        "size": Table("exact", "bytes", size),
+        "size": Table("exact", "bytes", size, pairs=pairs),
         "bits": Table("exact", "bits", bits),
         "bops": Table("exact", "MAC·bits²", bops),
+    }
+
+
+def common_bytes(
+    first: Site, second: Site, options: Options
+) -> dict[tuple[str, str, str, str], float]:
+    """{(u, c, v, d): -bytes} of two sites of one weight, where that is stored once for both.
+
+    It is in the user's own precision, and in another format if the ops are the same: each op has a
+    layout of its own.  Of more than two sites each is compared with the next, so that the bytes of
+    a plan in which formats alternate are rather too many than too few.
+    """
+    own = first.dtype, second.dtype
+    return {
+        (first.name, c.name, second.name, d.name): -stored_bits(first, c) / 8
+        for c in options[first.name]
+        for d in options[second.name]
+        if c.weight == d.weight and (first.op == second.op or (c.weight, d.weight) == own)
     }
 
 

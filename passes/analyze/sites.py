@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,22 @@ def root_of(weight: Node | None) -> str | None:
     rank = value(weight).dim()
     found.sort(key=lambda node: value(node).dim() != rank)
     return found[0].name if found else None
+
+
+def shared_weights(gm: GraphModule, sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
+    """Sites that read one weight, as tied embeddings and repeated blocks do; those of one op stand
+    behind each other.
+
+    One value of the graph: two batch norms folded into one convolution make two weights of it.
+    """
+    by_node = {site.node: site for site in sites if site.weight_shape}
+    found: dict[Node, list[Site]] = {}
+    for node in gm.graph.nodes:
+        if site := by_node.get(node.name):
+            weight: Any = node.args[OPERANDS[str(node.target)].weight]
+            found.setdefault(weight, []).append(site)
+    several = [sorted(each, key=lambda site: site.op) for each in found.values() if len(each) > 1]
+    return tuple(tuple(site.name for site in each) for each in several)
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:

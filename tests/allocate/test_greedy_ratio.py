@@ -52,6 +52,21 @@ def test_a_budget_that_the_error_forbids_is_not_met_silently():
     assert greedy_ratio(problem, predicted(problem, 0.5)) is None
 
 
+SHARED = {("u0", o, "u1", o): -ms for o, ms in zip(OPTIONS, (4.0, 2.0, 1.0), strict=True)}
+
+
+def test_a_weight_that_two_units_share_is_left_by_one_after_the_other():
+    """Neither of them saves anything while the other one still has the weight in float."""
+    problem = problem_of([(0.1, 0.5), (0.2, 0.6)], objective="error", edges=SHARED, latency=2.0)
+    assert greedy_ratio(problem, predicted(problem, math.inf)) == ["bfloat16", "bfloat16"]
+
+
+def test_what_only_costs_more_is_taken_back():
+    """The second unit may not follow the first, so that there would be one weight more."""
+    problem = problem_of([(0.1, 0.1), (9.0, 9.0)], edges=SHARED)
+    assert greedy_ratio(problem, predicted(problem, 1.0)) == ["float32", "float32"]
+
+
 def test_the_measured_loss_decides_and_not_the_predicted_one():
     """The tables call the first unit harmless; it is the worst."""
     problem = problem_of([(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)])

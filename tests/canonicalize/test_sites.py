@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpq_fx.passes.analyze.sites import shared_weights
 from tests.architectures import ARCHITECTURES, values
 from tests.toy_backend import Toy, called
 
@@ -79,6 +80,29 @@ def test_a_shared_weight_gives_two_sites_and_a_folded_one_keeps_its_root():
     assert conv.attributes == ([1], [1], [1], 2)
     assert conv.macs == 2 * 6 * 5 * 3 * 3
     assert sites["table"].macs == 0
+
+
+class TwoNorms(nn.Module):
+    """One convolution in front of two norms: folded, it has two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv1d(6, 6, 3), nn.Linear(6, 6)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(6) for _ in range(2))
+
+    def forward(self, x):
+        x, y = (norm(self.conv(x)).mT for norm in self.norms)
+        return self.linear(self.linear(x)) + y
+
+
+def test_weights_are_shared_where_they_are_one_value_of_the_graph():
+    toy = Toy()
+    with torch.no_grad():
+        called(toy.compile(Shared().eval()), (torch.arange(10).view(2, 5),))
+        assert shared_weights(toy.graph, [*toy.sites.values()]) == (("table", "table#2"),)
+        called(toy.compile(TwoNorms().eval()), (values(2, 6, 9),))
+    assert [site.op for site in toy.sites.values()].count("conv") == 2
+    assert shared_weights(toy.graph, [*toy.sites.values()]) == (("linear", "linear#2"),)
 
 
 def test_symbolic_sizes_are_strings_and_work_is_counted_at_the_size_seen():

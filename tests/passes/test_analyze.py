@@ -27,6 +27,7 @@ from mpq_fx.passes.analyze.observe import (
 )
 from mpq_fx.passes.analyze.replay import output_error, run_in
 from mpq_fx.passes.lower.reference import REFERENCE
+from mpq_fx.problem import total
 from tests.architectures import values
 from tests.passes.conftest import subject
 
@@ -275,6 +276,29 @@ def test_bytes_are_those_stored_and_bits_are_shares_of_the_mean(net):
     mean = sum(tables["bits"].values[name, "bfloat16"] for name in (up, down))
     assert mean == 16.0
     assert tables["bops"].values[up, DYNAMIC.name] == 5 * 24 * 16 * 64
+
+
+def shared(ops: str) -> tuple[tuple[Site, ...], dict[str, tuple[Choice, ...]]]:
+    """Sites of one weight [8, 32], by the first letters of their ops."""
+    names = {"e": "embedding", "l": "linear"}
+    weight = {"weight": "w", "weight_shape": (8, 32), "dtype": "float32"}
+    sites = tuple(Site(f"{op}#{k}", names[op], "", **weight) for k, op in enumerate(ops))
+    return sites, dict.fromkeys((site.name for site in sites), (FLOAT, BF16, DYNAMIC))
+
+
+@pytest.mark.parametrize("ops", ["ll", "el", "lll", "ell"])
+def test_a_shared_weight_counts_once_for_each_form_it_is_stored_in(ops):
+    sites, options = shared(ops)
+    table = sizes(sites, options, (tuple(options),))["size"]
+    bytes_of = {FLOAT: 4 * 256, BF16: 2 * 256, DYNAMIC: 256 + 4 * 8}
+    for picks in itertools.product(*options.values()):
+        forms = {(c, None if c == FLOAT else s.op) for s, c in zip(sites, picks, strict=True)}
+        stored = sum(bytes_of[choice] for choice, _ in forms)
+        found = total(table, {s: c.name for s, c in zip(options, picks, strict=True)})
+        assert found >= stored, picks
+        changes = sum(a != b for a, b in itertools.pairwise(picks))
+        if len(ops) == 2 or (changes == len({*picks}) - 1 and ops == "lll"):
+            assert found == stored, picks
 
 
 @pytest.mark.parametrize("name", ["int8", "int4_g32", "int4_asym"])
