@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +24,12 @@ from mpq_fx.compiler import check_names
 from mpq_fx.config import Config
 from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
-from mpq_fx.facts import Choice, Plan, Table
+from mpq_fx.facts import Choice, Plan
 from mpq_fx.install import install_plan
 from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
 from mpq_fx.loss import Loss, Source
 from mpq_fx.measure import assist, rerun
-from mpq_fx.problem import MEMORY
+from mpq_fx.merged import distinct, merged
 from mpq_fx.processes import Processes, together
 from mpq_fx.progress import progress_bar
 from mpq_fx.registry import ROOTS, bindings_of
@@ -177,70 +177,6 @@ def _announced(
             bar.advance(task)
     finally:
         ANNOUNCE.reset(token)
-
-
-def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
-    """Every plan once: graphs that differ in shapes alone share theirs."""
-    return list({id(plan): plan for plan in plans if plan is not None}.values())
-
-
-def merged(plans: Sequence[Plan]) -> Plan:
-    """One plan for one model from those of its graphs; the worst error counts, times add up."""
-    weights = sum(plan.baseline["weights"] for plan in plans)
-    first, *others = (_of_whole(plan, weights) for plan in plans)
-    for other in others:
-        first = replace(
-            first,
-            choices={**first.choices, **other.choices},
-            ledger=(*first.ledger, *other.ledger),
-            error=max(first.error or 0.0, other.error or 0.0),
-            latency_ms={k: v + other.latency_ms.get(k, 0.0) for k, v in first.latency_ms.items()},
-            baseline=_whole_baseline(first, other),
-            activation_bytes=_larger(first.activation_bytes, other.activation_bytes),
-            tables={k: _joined(t, other.tables[k]) for k, t in first.tables.items()},
-            ties=(*first.ties, *other.ties),
-            live=(*first.live, *other.live),
-            notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
-            fingerprint={"sites": {**first.fingerprint["sites"], **other.fingerprint["sites"]}},
-            tensors={**first.tensors, **other.tensors},
-            points=first.points or other.points,
-        )
-    return first
-
-
-def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Graphs run one after the other: the larger peak is the model's."""
-    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
-
-
-def _whole_baseline(first: Plan, other: Plan) -> dict[str, float]:
-    """Times and bytes add up; of what is in memory at once the larger peak counts."""
-    sums = {k: v + other.baseline.get(k, 0.0) for k, v in first.baseline.items()}
-    return {**sums, MEMORY: _larger(first.baseline, other.baseline).get(MEMORY, 0.0)}
-
-
-def _joined(table: Table, other: Table) -> Table:
-    """The numbers of two graphs, whose sites are not the same."""
-    return replace(
-        table,
-        values={**table.values, **other.values},
-        pairs={**table.pairs, **other.pairs},
-        spread={**table.spread, **other.spread},
-    )
-
-
-def _of_whole(plan: Plan, weights: float) -> Plan:
-    """Mean bits of one graph -> its share of the mean over the weights of all graphs."""
-    share = plan.baseline["weights"] / max(weights, 1.0)
-    bits = plan.tables["bits"]
-    return replace(
-        plan,
-        tables={
-            **plan.tables,
-            "bits": replace(bits, values={k: v * share for k, v in bits.values.items()}),
-        },
-        baseline={**plan.baseline, "bits": plan.baseline["bits"] * share},
-    )
 
 
 @dataclass(frozen=True)
