@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import mpq_fx
 from mpq_fx.facts import Choice, Site, Table
 from mpq_fx.formats import FORMATS
 from mpq_fx.passes.lower.target import Target
@@ -138,8 +139,10 @@ def _assembled(
 
 
 def kernel_key(site: Site, choice: Choice) -> str:
+    """Of a product of two activations the second one's shape shows in the work alone."""
     facts = (site.op, site.input_shape, site.weight_shape, site.attributes, site.dtype)
-    return f"{facts} {choice.name}"
+    work = () if site.weight_shape else (site.macs,)
+    return f"{(*facts, *work)} {choice.name}"
 
 
 def conversion_key(site: Site, before: Choice | None, after: Choice) -> str:
@@ -208,7 +211,9 @@ def width(name: str) -> int:
 
 
 def cache_path(target: Target, cache_dir: str | Path | None) -> Path:
-    """One file per (target, device, versions, threads): another CPU has other milliseconds."""
+    """One file per (target, device, versions, threads): another CPU has other milliseconds, and
+    another mpq-fx other kernels.
+    """
     if cache_dir is None:
         from platformdirs import user_cache_dir
 
@@ -216,7 +221,8 @@ def cache_path(target: Target, cache_dir: str | Path | None) -> Path:
     facts = {**target.facts(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     name = " ".join(f"{key}={value}" for key, value in sorted(facts.items()))
     safe = "".join(c if c.isalnum() or c in "=.-" else "_" for c in name)
-    return Path(cache_dir) / f"latency {target.name} torch={torch.__version__} {safe}.json"
+    versions = f"mpq-fx={mpq_fx.__version__} torch={torch.__version__}"
+    return Path(cache_dir) / f"latency {target.name} {versions} {safe}.json"
 
 
 def read(path: Path) -> dict[str, float]:

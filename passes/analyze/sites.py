@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from mpq_fx.facts import Site
 from mpq_fx.graph import is_weight, module_path, source_line, value
 
 aten = torch.ops.aten
+SizesOf = Callable[[Any], Sequence[int]]  # of the value of a node
 
 
 @dataclass(frozen=True)
@@ -215,21 +216,22 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(size if isinstance(size, int) else str(size) for size in value(node).shape)
 
 
-def macs_of(node: Node, kind: str, operands: Operands) -> int:
-    """Multiply-accumulates at the sizes seen so far."""
-    result, x = _sizes(node), _sizes(node.args[operands.activation])
-    if kind == "embedding":
+def sizes_seen(node: Any) -> Sequence[int]:
+    """Of a node's value; of a symbol the one that it was made at."""
+    return [s if isinstance(s, int) else int(s.node.hint or 1) for s in value(node).shape]
+
+
+def macs_of(node: Node, kind: str, operands: Operands, sizes: SizesOf = sizes_seen) -> int:
+    """Multiply-accumulates at the sizes seen so far, or at those of one call."""
+    result, x = sizes(node), sizes(node.args[operands.activation])
+    if kind in ("embedding", "residual"):
         return 0
-    weight = _sizes(node.args[operands.weight])
+    weight = sizes(node.args[operands.weight])
     if kind in ("conv", "conv3d"):
         return math.prod(result) * math.prod(weight[1:])
     if kind == "conv_transpose":
         return math.prod(x) * math.prod(weight[1:])
     if kind == "attention":
         scores = math.prod(x[:-1]) * weight[-2]
-        return scores * (x[-1] + _sizes(node.args[2])[-1])
+        return scores * (x[-1] + sizes(node.args[2])[-1])
     return math.prod(result) * x[-1]
-
-
-def _sizes(node: Any) -> list[int]:
-    return [s if isinstance(s, int) else int(s.node.hint or 1) for s in value(node).shape]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpq_fx.facts import Site
 from mpq_fx.passes.analyze.replay import Replayer
-from mpq_fx.passes.analyze.sites import OPERANDS
+from mpq_fx.passes.analyze.sites import OPERANDS, macs_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,20 @@ class Trace:
 
     outputs: list[Any]
     shapes: Mapping[str, tuple[int, ...]]  # site -> of its activation
+    macs: Mapping[str, int]  # site -> multiply-accumulates
     owners: Mapping[Node, Node]  # value -> the one whose memory it lies in
     made: Mapping[Node, tuple[int, int]]  # of each that made its memory: bytes, bytes per element
 
     def concrete(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         """The sites with the sizes of the call in place of symbols, to measure latency at."""
-        return tuple(replace(site, input_shape=self.shapes[site.name]) for site in sites)
+        return tuple(
+            replace(
+                site,
+                input_shape=self.shapes[site.name],
+                macs=self.macs.get(site.name, site.macs),  # none where nobody reads the result
+            )
+            for site in sites
+        )
 
 
 def trace(replay: Replayer, record: Sequence[Any]) -> Trace:
@@ -34,15 +42,19 @@ def trace(replay: Replayer, record: Sequence[Any]) -> Trace:
     env = replay.start(record)
     outside = set(env)
     shapes: dict[str, tuple[int, ...]] = {}
+    macs: dict[str, int] = {}
     owners: dict[Node, Node] = {}
     made: dict[Node, tuple[int, int]] = {}
     for node in replay.gm.graph.nodes:
         if node.op == "output":
-            return Trace(replay.finish(env, [node], {}), shapes, owners, made)
-        if site := replay.sites.get(node.name):
-            shapes[site.name] = tuple(env[_activation(node, site)].shape)
-        operands = {n: _storages(env[n]) for n in node.all_input_nodes}
+            return Trace(replay.finish(env, [node], {}), shapes, macs, owners, made)
+        inputs = {n: env[n] for n in node.all_input_nodes}
+        operands = {n: _storages(x) for n, x in inputs.items()}
         replay.step(env, node, {})
+        if site := replay.sites.get(node.name):
+            shapes[site.name] = tuple(inputs[_activation(node, site)].shape)
+            if node in env and site.op != "residual":
+                macs[site.name] = _macs(site, node, {**inputs, node: env[node]})
         if node in outside or node not in env:
             continue
         storages = _storages(env[node])
@@ -58,6 +70,11 @@ def trace(replay: Replayer, record: Sequence[Any]) -> Trace:
 def _activation(node: Node, site: Site) -> Any:
     position = 0 if site.op == "residual" else OPERANDS[str(node.target)].activation
     return node.args[position]
+
+
+def _macs(site: Site, node: Node, values: Mapping[Node, Any]) -> int:
+    sizes = {n: x.shape for n, x in values.items() if isinstance(x, Tensor)}
+    return macs_of(node, site.op, OPERANDS[str(node.target)], sizes.__getitem__)
 
 
 def _storages(value: Any) -> dict[int, int]:

@@ -46,8 +46,11 @@ def matmul(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
 
 
 def attention(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:
+    """Keys and values as wide as queries; how many there are follows from the work."""
     q = x.to(getattr(torch, choice.activation))
-    return lambda: aten.scaled_dot_product_attention(q, q, q)
+    count = site.macs // max(1, 2 * q.numel()) or q.shape[-2]
+    k = torch.randn(*q.shape[:-2], count, q.shape[-1]).to(q.dtype)
+    return lambda: aten.scaled_dot_product_attention(q, k, k)
 
 
 def embedding(site: Site, choice: Choice, x: Any) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpq_fx.errors import CalibrationError
 from mpq_fx.facts import Choice, Site
@@ -26,6 +27,7 @@ from mpq_fx.passes.analyze.observe import (
     statistics,
 )
 from mpq_fx.passes.analyze.replay import output_error, run_in
+from mpq_fx.passes.lower.aten_cost import attention
 from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.problem import total
 from tests.architectures import values
@@ -276,6 +278,37 @@ def test_bytes_are_those_stored_and_bits_are_shares_of_the_mean(net):
     mean = sum(tables["bits"].values[name, "bfloat16"] for name in (up, down))
     assert mean == 16.0
     assert tables["bops"].values[up, DYNAMIC.name] == 5 * 24 * 16 * 64
+
+
+def test_products_of_one_shape_by_others_are_measured_apart(tmp_path):
+    """Only the work tells how many columns the second operand has."""
+    narrow = Site("narrow", "matmul", "", input_shape=(4, 8), macs=4 * 8 * 2)
+    wide = replace(narrow, name="wide", macs=4 * 8 * 100)
+    target = replace(REFERENCE, measure=lambda site, choice: float(site.macs))
+    options = {"narrow": (FLOAT,), "wide": (FLOAT,)}
+    found = latency((narrow, wide), options, target, cache_dir=tmp_path)
+    assert found.values == {("narrow", "float32"): 64.0, ("wide", "float32"): 3200.0}
+
+
+def test_attention_is_timed_with_as_many_keys_as_it_has():
+    seen = []
+    site = Site("a", "attention", "", input_shape=(1, 2, 3, 4), macs=2 * 3 * 7 * (4 + 4))
+    with Calls(seen):
+        attention(site, FLOAT, torch.randn(1, 2, 3, 4))()
+    assert seen == [[(1, 2, 3, 4), (1, 2, 7, 4), (1, 2, 7, 4)]]
+
+
+class Calls(TorchDispatchMode):
+    """Shapes of the operands of attentions."""
+
+    def __init__(self, seen: list) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in str(func):
+            self.seen.append([tuple(x.shape) for x in args[:3]])
+        return func(*args, **(kwargs or {}))
 
 
 def shared(ops: str) -> tuple[tuple[Site, ...], dict[str, tuple[Choice, ...]]]:
