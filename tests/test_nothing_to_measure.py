@@ -7,6 +7,8 @@ import torch
 
 import mpq_fx
 from mpq_fx.errors import CalibrationError
+from mpq_fx.passes.analyze.metrics.interlayer_hessian import relative_difference
+from mpq_fx.passes.analyze.replay import output_error
 from tests.small import Net, batch
 
 
@@ -89,3 +91,33 @@ def test_one_dead_output_beside_a_live_one_is_no_obstacle(isolated):
 
     for name in ("measured", "perturbation_hessian", "fisher"):
         assert plan(Half(), name).tables["error"].values
+
+
+class Masked(Net):
+    """Logits, of which the last can never be the largest."""
+
+    def forward(self, x):
+        last = torch.arange(32, device=x.device) == 31
+        return super().forward(x).masked_fill(last, -torch.inf)
+
+
+METRICS = ("auto", "measured_pairs", "kl", "interlayer_kl", *GRADIENT)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_outputs_that_are_masked_on_purpose_are_no_error(isolated, name):
+    found = plan(Masked(), name)
+    assert found.error is not None
+    assert 0.0 < found.error <= 0.1
+    assert any(choice.weight != "float32" for choice in found.choices.values())
+    assert all(value >= 0.0 for value in found.tables["error"].values.values())
+
+
+def test_a_mask_that_a_choice_moves_is_an_error():
+    ref = torch.tensor([3.0, 4.0, -torch.inf, torch.nan])
+    same = torch.tensor([3.0, 5.0, -torch.inf, torch.nan])
+    assert relative_difference([same], [ref], frozenset()).tolist() == pytest.approx([0, 0.2, 0, 0])
+    for moved in (torch.inf, 7.0, torch.nan):
+        other = torch.tensor([3.0, 5.0, moved, torch.nan])
+        assert not relative_difference([other], [ref], frozenset()).isfinite().all()
+    assert output_error([same], [ref]) == pytest.approx(0.2)

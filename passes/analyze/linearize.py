@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_map_only
 
 from mpq_fx.facts import Choice
 from mpq_fx.passes.analyze.metric import IsWanted, Record, Task, Unit, begun
-from mpq_fx.passes.analyze.replay import Env, Replayer, as_real, is_measurable
+from mpq_fx.passes.analyze.replay import (
+    Env,
+    Replayer,
+    difference,
+    finite_norm,
+    is_measurable,
+)
 
 PROBES = 4  # random directions at the outputs of one call; each holds a gradient of every site
 Cotangents = list[Tensor | None]  # one per output; None where an output is no part of the error
@@ -123,7 +129,7 @@ def push_forward(replay: Replayer, at: Reached, direction: Tensor) -> list[Any]:
         for sign in (1.0, -1.0)
     ]
     return [
-        (up.double() - down.double()) / (2 * h) if is_measurable(up) else None
+        difference(up.double(), down.double()) / (2 * h) if is_measurable(up) else None
         for up, down in zip(*ends, strict=True)
     ]
 
@@ -134,9 +140,7 @@ def relative_cotangents(task: Task, at: Linearized, tangents: Sequence[Any]) -> 
     """
     return [
         t.to(y.dtype) / norm**2
-        if t is not None
-        and k not in task.excluded
-        and (norm := float(as_real(y.detach()).double().norm())) > 0
+        if t is not None and k not in task.excluded and (norm := finite_norm(y)) > 0
         else None
         for k, (y, t) in enumerate(zip(at.outputs, tangents, strict=True))
     ]
@@ -183,7 +187,7 @@ def _samples(tensors: Sequence[Any]) -> int:
 
 
 def _probe(y: Tensor, generator: torch.Generator) -> Tensor | None:
-    norm = as_real(y).detach().double().norm().item()
+    norm = finite_norm(y)
     if norm == 0.0 or y.is_complex():
         return None
     return torch.randint(2, y.shape, generator=generator).mul_(2).sub_(1).to(y) / norm

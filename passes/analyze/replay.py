@@ -258,6 +258,23 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
+def difference(y: Tensor, ref: Tensor) -> Tensor:
+    """y − ref; 0 where both are the same infinity, or both NaN, as masked logits are -inf.
+
+    What else is not finite stays so.
+    """
+    odd = ~ref.isfinite()
+    if not bool(odd.any()):
+        return y - ref
+    is_same = odd & ((y == ref) | (y.isnan() & ref.isnan()))
+    return (y - ref).masked_fill(is_same, 0.0)
+
+
+def finite_norm(ref: Tensor) -> float:
+    """‖ref‖ of its finite numbers, which errors are relative to"""
+    return float(as_real(ref.detach()).double().nan_to_num(0.0, 0.0, 0.0).norm())
+
+
 def _call_in(dtype: torch.dtype, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     try:
         return call(node, args, kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.metric import IsWanted, Key, Record, Single, Task, averaged, singles
-from mpq_fx.passes.analyze.replay import as_real, is_measurable
+from mpq_fx.passes.analyze.replay import as_real, difference, finite_norm, is_measurable
 
 WIDTH = 2**14  # numbers kept of a difference; inner products are off by ‖a‖ ‖b‖ / 128 or less
 SIGNIFICANT = 3.0  # standard deviations of the cosine of unrelated noise
@@ -41,14 +41,14 @@ def interlayer_hessian(task: Task) -> Table:
     return with_cross_terms("interlayer_hessian", task, relative_difference)
 
 
-def with_cross_terms(metric: str, task: Task, difference: Difference) -> Table:
+def with_cross_terms(metric: str, task: Task, differs: Difference) -> Table:
     """‖e(u, c)‖² and 2 ⟨e(u, c), e(v, d)⟩ of the differences that singles make at the outputs."""
     grams, keys, numbers = list[Tensor](), list[Key](), 0
 
     def each(record: Record, is_wanted: IsWanted) -> Iterator[Single]:
         reference = task.replay.run(record, {})
         for unit, choice, outputs in singles(task, record, is_wanted):
-            error = difference(outputs, reference, task.excluded)
+            error = differs(outputs, reference, task.excluded)
             yield Single(unit, choice, float(error.square().sum()), sketch(error))
 
     def keep(given: Sequence[Single]) -> None:
@@ -71,9 +71,9 @@ def relative_difference(
 ) -> Tensor:
     """(y − y_ref) / ‖y_ref‖ of every floating output, flat, one behind the other, in float32."""
     parts = [
-        (as_real(y).float() - as_real(ref).float()).reshape(-1) / norm
+        difference(as_real(y).float(), as_real(ref).float()).reshape(-1) / norm
         for k, (y, ref) in enumerate(zip(outputs, reference, strict=True))
-        if k not in excluded and is_measurable(ref) and (norm := as_real(ref).float().norm()) > 0
+        if k not in excluded and is_measurable(ref) and (norm := finite_norm(ref)) > 0
     ]
     return torch.cat(parts) if parts else torch.zeros(1)
 

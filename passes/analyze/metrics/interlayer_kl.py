@@ -21,7 +21,7 @@ from mpq_fx.facts import Table
 from mpq_fx.passes.analyze.calibrate import calibrated
 from mpq_fx.passes.analyze.metric import Task
 from mpq_fx.passes.analyze.metrics.interlayer_hessian import with_cross_terms
-from mpq_fx.passes.analyze.replay import is_logits
+from mpq_fx.passes.analyze.replay import difference, is_logits
 
 
 def interlayer_kl(task: Task) -> Table:
@@ -42,6 +42,6 @@ def divergence_rows(
 
 
 def _rows(y: Tensor, ref: Tensor) -> Tensor:
-    p, error = ref.softmax(-1), y - ref
+    p, error = ref.softmax(-1), difference(y, ref)
     centered = error - (p * error).sum(-1, keepdim=True)
     return (p.sqrt() * centered).reshape(-1) / max(1, ref.numel() // ref.shape[-1]) ** 0.5

@@ -43,7 +43,7 @@ from mpq_fx.passes.analyze.metrics.interlayer_hessian import (
     sketch,
 )
 from mpq_fx.passes.analyze.ranking import draw, measured, power
-from mpq_fx.passes.analyze.replay import as_real, is_measurable, output_error
+from mpq_fx.passes.analyze.replay import as_real, difference, is_measurable, output_error
 
 SUBSTITUTE = 'sensitivity="interlayer_hessian", which needs no loss'
 
@@ -59,7 +59,9 @@ class Expansion:
         self, outputs: Sequence[Any], reference: Sequence[Any]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """e and H e of outputs that are not those of the float model."""
-        errors = {k: (outputs[k] - reference[k]).to(leaf) for k, leaf in self.leaves.items()}
+        errors = {
+            k: difference(outputs[k], reference[k]).to(leaf) for k, leaf in self.leaves.items()
+        }
         bent = self.bend(errors)
         _refuse_infinite("curvature", bent)
         return errors, bent

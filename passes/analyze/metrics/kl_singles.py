@@ -5,6 +5,7 @@ For outputs that are logits along the last dimension.  ZeroQ (arXiv 2001.00281).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ def divergence(outputs: Sequence[Any], reference: Sequence[Any], excluded: froze
     for k, (y, ref) in enumerate(zip(outputs, reference, strict=True)):
         if k not in excluded and is_logits(ref):
             got, want = (functional.log_softmax(x.double(), -1) for x in (y, ref))
-            kl = functional.kl_div(got, want, reduction="none", log_target=True).sum(-1)
+            kl = functional.kl_div(got, want, reduction="none", log_target=True)
+            kl = kl.masked_fill(want.isneginf(), 0.0).sum(-1)  # what has no probability costs none
             found.append(float(kl.mean().clamp_min(0.0)))
-    return max(found)
+    return math.nan if any(map(math.isnan, found)) else max(found)
