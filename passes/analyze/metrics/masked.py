@@ -3,8 +3,9 @@
 OHQ's mask-guided estimate (arXiv 2309.01945): one layer at a time is quantized, all others are
 masked from it, and the distance of the outputs counts; no gradients, and no data: a floating input
 is normal noise with the mean and the deviation of the recorded one, an integer input is drawn
-evenly from its range.  An input of at most two values (a mask, a constant) says what counts of the
-others, and stays.  Scaled to noise power, which is the only other use of recorded values.
+evenly from its range.  An input of at most two values, or with an infinite one (a mask, a
+constant), says what counts of the others, and stays.  Scaled to noise power, which is the only
+other use of recorded values.
 
 Reconstruction: public are the mask, synthetic inputs and the distance of outputs; how the inputs
 are made is ours.
@@ -48,6 +49,8 @@ def synthetic(given: Any, generator: torch.Generator) -> Any:
     if not isinstance(given, Tensor) or given.is_complex() or len(given.unique()) <= 2:
         return given
     if given.is_floating_point():
+        if not bool(given.isfinite().all()):
+            return given
         noise = torch.randn(given.shape, generator=generator).to(given.device)
         deviation, mean = torch.std_mean(given.double())
         return (mean + deviation * noise).to(given.dtype)
