@@ -40,7 +40,7 @@ from mpq_fx.passes.canonicalize.dropout import remove_dropout
 from mpq_fx.passes.canonicalize.einsum import spell_einsum
 from mpq_fx.passes.canonicalize.identities import remove_identities
 from mpq_fx.passes.canonicalize.linear import spell_linear
-from mpq_fx.passes.canonicalize.linear_bias import merge_linear_bias
+from mpq_fx.passes.canonicalize.linear_bias import merge_linear_bias, split_computed_bias
 from mpq_fx.passes.canonicalize.linear_left import spell_left_linear
 from mpq_fx.passes.lower.kernel import with_kernels
 from mpq_fx.passes.lower.onednn import ONEDNN
@@ -58,7 +58,8 @@ CANONICALIZE: tuple[Pass, ...] = (
     spell_linear,
     spell_left_linear,
     spell_einsum,
-    merge_linear_bias,  # after every spelling of linear
+    split_computed_bias,  # after every spelling of linear and convolution
+    merge_linear_bias,  # likewise
     fold_batch_norm,  # last: it needs one spelling of what it folds, and of what it folds into
 )
 

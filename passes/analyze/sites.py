@@ -108,9 +108,13 @@ def _residual(node: Node, names: _Names) -> Site:
 
 
 def is_site(node: Node, operands: Operands) -> bool:
-    """A float op that depends on more than weights; a convolution's weight must not be computed."""
+    """A float op that depends on more than weights; a convolution's weight must not be computed,
+    and that of a linear has rows: for a vector there is no kernel.
+    """
     result = value(node)
     if is_weight(node) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+        return False
+    if operands.kind == "linear" and value(node.args[operands.weight]).dim() != 2:  # type: ignore[arg-type]
         return False
     return operands.kind not in NEEDS_WEIGHT or is_weight(node.args[operands.weight])
 

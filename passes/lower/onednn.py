@@ -20,7 +20,15 @@ from torch.fx import GraphModule, Node
 import mpq_fx.kernels  # noqa: F401 - defines torch.ops.mpq
 from mpq_fx.facts import Choice, Site
 from mpq_fx.formats import format_named
-from mpq_fx.graph import SITE, arguments, erase_unread, insert_call, remove_dead, value
+from mpq_fx.graph import (
+    SITE,
+    arguments,
+    erase_unread,
+    insert_call,
+    is_weight,
+    remove_dead,
+    value,
+)
 from mpq_fx.passes.lower import cpu, weight_only
 from mpq_fx.passes.lower.constants import INLINED
 from mpq_fx.passes.lower.fuse import (
@@ -80,6 +88,8 @@ def refuse(site: Site, choice: Choice) -> Iterator[str]:
         yield "this CPU multiplies no 8-bit floats; int8 takes as many bytes"
         return
     yield from refuse_integers(choice)
+    if choice.scaling != "none" and len(site.input_shape) == 1:
+        yield "oneDNN multiplies rows of codes, and a call has one vector"
     if site.op == "linear" and choice in weight_only.CHOICES:
         yield from weight_only.refuse(site, choice)
     if choice.weight == "bfloat16" and not cpu.has("avx512"):
@@ -122,8 +132,13 @@ def lower(gm: GraphModule, mode: str) -> Lowered:
 
 
 def is_packed(node: Node) -> bool:
-    """Has oneDNN a layout for the weight on this CPU?  For codes always."""
-    return node.target in CODED or cpu.packs(value(node).dtype)
+    """Has oneDNN a layout for the weight on this CPU?  For codes always; not for a weight that a
+    call computes, which cannot be packed before it, nor for a vector.
+    """
+    if node.target in CODED:
+        return True
+    weight = arguments(node)[1]
+    return is_weight(weight) and value(weight).dim() > 1 and cpu.packs(value(node).dtype)
 
 
 def lower_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tuple[Node, str]:
@@ -262,7 +277,7 @@ def lower_float_linear(gm: GraphModule, node: Node, tail: Tail, mode: str) -> tu
     rows = math.prod(hint(size) for size in value(x).shape[:-1])
     packed = pack(node, mkldnn._reorder_linear_weight.default, (w, rows), value(w))
     post = (tail.post.name, [*tail.post.scalars], tail.post.algorithm)
-    is_hidden = is_between_views(x, tail.last)
+    is_hidden = value(x).dim() == 1 or is_between_views(x, tail.last)  # a template wants rows
     x = insert_call(node, aten.unsqueeze.default, (x, 0)) if is_hidden else x
     args = (x, packed, owned(node, bias), *post)
     y = insert_call(node, mkldnn._linear_pointwise.default, args)

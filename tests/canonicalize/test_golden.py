@@ -56,6 +56,10 @@ LINEAR = {
         lambda x, w: torch.einsum("bshe,hed->bsd", x, w), values(2, 3, 2, 5), (values(2, 5, 4),),
         "permute flatten flatten linear",
     ),
+    "a bias that a call computes": (
+        lambda x, w: functional.linear(x, w, x.mean((0, 1)).repeat(2)[:5]), X, (W,),
+        "mean repeat slice linear add",
+    ),
 }  # fmt: skip
 
 
