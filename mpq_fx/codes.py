@@ -12,20 +12,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpq_fx.errors import PlanError
 from mpq_fx.facts import Plan
 from mpq_fx.formats import format_named
 from mpq_fx.numerics import Quantized, dequantize_weight, quantize_weight
 
+ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # a row of the weight, an output
 
-def attach(plan: Plan, model: torch.nn.Module) -> Plan:
+
+def attach(plan: Plan, model: nn.Module) -> Plan:
     """The plan with everything the model holds, site weights as codes of their chosen format."""
     found: dict[str, Tensor] = {}
     for name, tensor in state(model):
         fmt = weight_format(plan, name)
-        if fmt is None:
+        if fmt is None or not quantizes_rows(model, plan, name):
             found[f"state|{name}|value"] = tensor.detach().clone()
         elif format_named(fmt).is_plain:
             found[f"state|{name}|value"] = tensor.detach().to(getattr(torch, fmt))
@@ -36,16 +38,27 @@ def attach(plan: Plan, model: torch.nn.Module) -> Plan:
     return replace(plan, tensors={**plan.tensors, **found})
 
 
-def materialize(model: torch.nn.Module, plan: Plan) -> None:
-    """Fill a model on the meta device from the codes of a plan, in place.
+def materialize(model: nn.Module, plan: Plan) -> None:
+    """Fill a model on the meta device from the codes of a plan, in place; what was tied stays so.
 
     Raises PlanError, before anything is changed, if the plan lacks a tensor of the model.
     """
-    values = {name: restored(plan, name, tensor) for name, tensor in state(model)}
-    model.to_empty(device="cpu")
+    held = [*state(model)]
     with torch.no_grad():
-        for name, tensor in state(model):
-            tensor.copy_(values[name])
+        made = {id(tensor): filled(tensor, restored(plan, name, tensor)) for name, tensor in held}
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for key, tensor in owned.items():
+                if tensor is not None:
+                    owned[key] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def filled(like: Tensor, value: Tensor) -> Tensor:
+    """A parameter or a buffer as `like`, in main memory."""
+    found = torch.empty_like(like, device="cpu").copy_(value)
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(found, requires_grad=like.requires_grad)
+    return found
 
 
 def restored(plan: Plan, name: str, like: Tensor) -> Tensor:
@@ -72,16 +85,31 @@ def restored(plan: Plan, name: str, like: Tensor) -> Tensor:
 
 
 def weight_format(plan: Plan, name: str) -> str | None:
-    """The format that the plan chose for a weight; None for a tensor of no site, or kept float."""
-    site = name.removesuffix(".weight")
-    choice = plan.choices.get(site)
-    if choice is None or not name.endswith("weight"):
+    """The format that the plan chose for a weight; None for a tensor of no site, or kept float, or
+    read by several sites in different formats.
+    """
+    if not name.endswith("weight"):
         return None
-    own = plan.fingerprint["sites"][site]["dtype"]
-    return None if choice.weight == own else choice.weight
+    site, facts = name.removesuffix(".weight"), plan.fingerprint["sites"]
+    readers = [s for s in facts if s.partition("#")[0] == site and s in plan.choices]
+    found = {(plan.choices[reader].weight, facts[reader]["dtype"]) for reader in readers}
+    if len(found) != 1:
+        return None
+    ((chosen, own),) = found
+    return None if chosen == own else chosen
 
 
-def state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def quantizes_rows(model: nn.Module, plan: Plan, name: str) -> bool:
+    """Is a parameter the weight that its site reads, row by row?  A transpose of one, as GPT-2 has
+    it, is scaled along its other dimension.
+    """
+    path = name.rpartition(".")[0]
+    shape = plan.fingerprint["sites"].get(path, {}).get("weight_shape")
+    is_known = isinstance(model.get_submodule(path), ROWS)
+    return is_known and shape == list(model.get_parameter(name).shape)
+
+
+def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, the non-persistent buffers too."""
     yield from model.named_parameters()
     yield from model.named_buffers()
