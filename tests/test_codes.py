@@ -54,22 +54,24 @@ def rows(seed: int) -> torch.Tensor:
 
 
 INT4, INT8, FLOAT = "int4_g32*float32", "int8/dynamic", "float32"
-CASES = {
-    "one format each": (Tied, ids, {"table": [INT4], "table#2": [INT8], "block": [FLOAT]}),
-    "the head in float": (Tied, ids, {"*": [FLOAT], "table": [INT4]}),
-    "the table in float": (Tied, ids, {"*": [FLOAT], "table#2": [INT8]}),
-    "a transpose": (Gpt, rows, {"first": [INT8], "second": [INT8]}),
+CASES = {  # model, its inputs, and what each site has to run in
+    "one format each": (Tied, ids, {"table": INT4, "table#2": INT8, "block": FLOAT}),
+    "the head in float": (Tied, ids, {"table": INT4, "table#2": FLOAT, "block": FLOAT}),
+    "the table in float": (Tied, ids, {"table": FLOAT, "table#2": INT8, "block": FLOAT}),
+    "a transpose": (Gpt, rows, {"first": INT8, "second": INT8}),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_filled_model_computes_what_the_plan_did(isolated, case):
-    kind, make, formats = case
+    kind, make, wanted = case
     model = kind().eval()
-    wishes = {"objective": "error", "tolerance": None, "max_bits": "0.99x", "formats": formats}
+    rules = {site: [name] for site, name in wanted.items()}
+    share = "0.3x" if FLOAT not in [*wanted.values()][:2] else "0.99x"
+    wishes = {"objective": "error", "tolerance": None, "max_bits": share, "formats": rules}
     config = mpq_fx.Config(target="reference", **wishes)
     plan = mpq_fx.tune(model, [make(seed) for seed in range(4)], config=config, progress=False)
-    assert plan.choices, formats
+    assert {site: choice.name for site, choice in plan.choices.items()} == wanted
     with torch.device("meta"):
         empty = kind().eval()
     if kind is Tied:
