@@ -12,13 +12,13 @@ from mpq_fx.binding import fresh
 from mpq_fx.build import WRONG, Variant, build, caller
 from mpq_fx.clock import Clock
 from mpq_fx.config import Config
-from mpq_fx.errors import first_line
+from mpq_fx.errors import InfeasibleError, first_line
 from mpq_fx.facts import INDUCTOR, Choice
 from mpq_fx.formats import FORMATS, format_named
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.allocate import is_feasible, value_of
 from mpq_fx.passes.lower.target import Lowered
-from mpq_fx.problem import problem
+from mpq_fx.problem import problem, round_up, words
 from mpq_fx.search import Found, Judge, drop, joint_error, search
 from mpq_fx.verify import Timing, pick, race
 
@@ -239,12 +239,26 @@ def _meet_tolerance(
         if measured.tolerance is None or plan.error <= measured.tolerance:
             return plan, found
         tighter = measured.tolerance * min(0.98, 0.98 * promised / plan.error)
-        found = replace(
-            search(replace(measured, tolerance=tighter), config, clock), budgets=found.budgets
-        )
+        try:
+            again = search(replace(measured, tolerance=tighter), config, clock)
+        except InfeasibleError as error:  # of a tolerance that nobody typed
+            raise _missed(measured, found, plan) from error
+        found = replace(again, budgets=found.budgets)
     floats = contenders(measured)[ALL_FLOAT]
+    if not _is_allowed(measured, found, None, floats, 0.0):
+        raise _missed(measured, found, plan)
     clock.cut(f"{RETRIES} plans missed the tolerance once lowered; float instead")
     return build(graph, measured, "plan", floats), found
+
+
+def _missed(measured: Measured, found: Found, plan: Variant) -> InfeasibleError:
+    """What was compiled rounds worse than the replay, and the budgets leave nothing closer."""
+    limits = " and ".join(words(n, at) for n, at in found.budgets.items() if n != "tolerance")
+    return InfeasibleError(
+        f"the plan within {limits} has an error of {plan.error:.3g} once compiled, more than the "
+        f"{measured.tolerance:.3g} that is allowed, and the budgets leave no plan of less",
+        fix=f'options={{"tolerance": {round_up(plan.error)}}}, or a larger budget',
+    )
 
 
 def _winner(config: Config, variants: Mapping[str, Variant], timings: Mapping[str, Timing]) -> str:

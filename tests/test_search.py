@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import mpq_fx
+from mpq_fx import settle
 from mpq_fx.errors import ConfigError, InfeasibleError
 from mpq_fx.passes.allocate import SEARCHES
 from mpq_fx.search import CUT
@@ -80,3 +83,24 @@ def test_a_search_that_had_time_says_nothing(isolated):
     compiled = compiled_of(Net(), search="greedy_ratio", objective="size")
     call(compiled)
     assert not any(CUT in note for note in mpq_fx.explain(compiled).entries[0].plan.notes)
+
+
+def test_kernels_that_miss_the_tolerance_are_no_excuse_to_break_a_budget(isolated, monkeypatch):
+    """Float was installed, twice as large as allowed, or a tolerance named that nobody typed."""
+    build = settle.build
+
+    def worse(*args):
+        built = build(*args)
+        is_float = set(built.assignment.values()) == {"float32"}
+        return built if is_float else replace(built, error=0.5)
+
+    monkeypatch.setattr(settle, "build", worse)
+    with pytest.raises(
+        InfeasibleError, match=r"within max_size <= \d+ bytes has an error"
+    ) as caught:
+        call(compiled_of(Net(), objective="size", max_size="0.5x"))
+    assert caught.value.fix == 'options={"tolerance": 0.5}, or a larger budget'
+    compiled = compiled_of(Net(), objective="size")
+    call(compiled)
+    (plan,) = (entry.plan for entry in mpq_fx.explain(compiled).entries)
+    assert any("float instead" in note for note in plan.notes)
