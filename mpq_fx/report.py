@@ -149,7 +149,8 @@ def coverage(report: Report) -> tuple[Share, ...]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.choice, []).append(row)
-    shares = [_share(choice, found, macs, total) for choice, found in groups.items()]
+    owners = {key: row.choice for key, row in zip(_keys(rows)[::-1], rows[::-1], strict=True)}
+    shares = [_share(choice, found, macs, total, owners) for choice, found in groups.items()]
     shares.sort(key=lambda share: -(share.macs or 0.0))
     captured = report.parameters.get("captured", weights)
     for name, numel in (
@@ -161,8 +162,9 @@ def coverage(report: Report) -> tuple[Share, ...]:
     return tuple(shares)
 
 
-def _share(choice: str, rows: list[Row], macs: int, total: int) -> Share:
-    numel = _numel(rows)
+def _share(choice: str, rows: list[Row], macs: int, total: int, owners: Mapping[str, str]) -> Share:
+    """A weight that sites share in several choices is one of the first site's, and stored in all."""
+    numel = {at: n for at, n in _numel(rows).items() if owners[at[0]] == choice}
     before = {key: n * ITEM_BYTES.get(dtype, 4) for (key, dtype), n in numel.items()}
     after = {
         key: row.weight_bytes for key, row in zip(_keys(rows), rows, strict=True) if row.site.weight

@@ -12,7 +12,7 @@ import pytest
 
 from mpq_fx.errors import UnsupportedError
 from mpq_fx.facts import Row, Site
-from mpq_fx.report import coverage, dynamo_lines, offers, report_of, steps
+from mpq_fx.report import coverage, dynamo_lines, offers, report_of, steps, weight_bytes
 from mpq_fx.report_svg import Axis, Bar, columns, rows
 from mpq_fx.report_text import shorten, text
 
@@ -135,6 +135,22 @@ def test_a_weight_that_two_sites_share_counts_once():
     (share,) = coverage(report_of([("graph 0", plan, "")]))
     assert (share.sites, share.bytes_before, share.bytes_after) == (2, 400, 200)
     assert share.weights == 1.0
+
+
+def test_a_weight_that_two_sites_store_in_two_formats_was_one_before():
+    sites = [
+        Site(name, "linear", name, weight="w", weight_shape=(10, 10), macs=100)
+        for name in ("tied", "tied#2")
+    ]
+    rows = [Row(sites[0], "bfloat16", weight_bytes=200), Row(sites[1], "int8", weight_bytes=140)]
+    first, second = coverage(report_of([("graph 0", replace_ledger(rows), "")]))
+    assert (first.choice, first.weights, first.bytes_before, first.bytes_after) == (
+        "bfloat16", 1.0, 400, 200,
+    )  # fmt: skip
+    assert (second.choice, second.weights, second.bytes_before, second.bytes_after) == (
+        "int8", 0.0, 0, 140,
+    )  # fmt: skip
+    assert weight_bytes(replace_ledger(rows)) == (400, 340)
 
 
 def replace_ledger(rows):
