@@ -163,7 +163,7 @@ def coverage(report: Report) -> tuple[Share, ...]:
 
 
 def _share(choice: str, rows: list[Row], macs: int, total: int, owners: Mapping[str, str]) -> Share:
-    """A weight that sites share in several choices is one of the first site's, and stored in all."""
+    """A weight that sites share in several choices was the first site's, and is stored in each."""
     numel = {at: n for at, n in _numel(rows).items() if owners[at[0]] == choice}
     before = {key: n * ITEM_BYTES.get(dtype, 4) for (key, dtype), n in numel.items()}
     after = {

@@ -6,7 +6,7 @@ symbolic size from then on has to be checked here, once per new combination of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,3 @@ def size_guard(gm: GraphModule) -> Iterator[SizeGuard]:
     finally:
         guard.conditions = [g.expr for g in env.guards[before:]]
         env.frozen = frozen
-
-
-Accepts = Callable[[Sequence[Any]], bool]

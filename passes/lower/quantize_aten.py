@@ -67,7 +67,7 @@ def scalar(gm: GraphModule, node: Any) -> float:
 
 
 def _replace_dynamic(node: Node, x: Node, name: str) -> None:
-    """Per-row scale of x itself; a row of zeros has scale 1."""
+    """Per-row scale of x itself; a row of zeros has scale 1, and no scale is subnormal."""
     fmt = format_named(name)
     assert fmt.symmetric, f"{fmt} has a zero point"
     x = as_float(node, x)
@@ -78,6 +78,7 @@ def _replace_dynamic(node: Node, x: Node, name: str) -> None:
     is_zero = insert_call(node, aten.eq.Scalar, (raw, 0))
     ones = insert_call(node, aten.ones_like.default, (raw,))
     scale = insert_call(node, aten.where.self, (is_zero, ones, raw))
+    scale = insert_call(node, aten.clamp.default, (scale, torch.finfo(torch.float32).tiny))
     codes = encode(node, x, scale, 0, fmt)
     for user in list(node.users):
         assert user.target is operator.getitem, f"{user} reads a tuple whole"
