@@ -15,6 +15,7 @@ from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
 from mpq_fx.passes.analyze.replay import Scales, worst_error
 from mpq_fx.passes.lower.constants import fold_constants
+from mpq_fx.passes.lower.layout import keep_output_layout
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
 from mpq_fx.sizes import size_guard
@@ -70,6 +71,7 @@ def lower(
     gm, _ = clone(graph.gm)
     rewrite(gm, graph.sites, choices, beside(scales, values))
     lowered = target.lower(gm, mode)
+    keep_output_layout(gm, graph.gm)
     parameters = {graph.names[k]: values[graph.names[k]] for k in graph.parameters}
     folded = fold_constants(gm, parameters)
     share(folded, gm, parameters)

@@ -394,3 +394,16 @@ def test_what_a_call_computes_is_packed_by_nobody(isolated, kind, fmt):
     ((_, binding),) = bindings_of(compiled)
     assert binding.plan is not None, binding.reason
     assert "up" in binding.plan.choices
+
+
+def test_a_call_without_rows_runs_where_templates_won(isolated, monkeypatch):
+    monkeypatch.setattr(settle, "_modes", lambda *_: (ALL,))
+    monkeypatch.setattr(settle, "_worth_compiling", lambda *_: ())
+    model = Mlp().eval()
+    options = {"target": "cpu", "tolerance": 0.2, "objective": "size", "calibration_calls": 3}
+    compiled = torch.compile(model, backend="mpq", options=options)
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(torch.randn(8, 64))
+        assert compiled(torch.randn(0, 64)).shape == (0, 32)
+    assert all(b.plan.ledger[0].mode.startswith(ALL) for _, b in bindings_of(compiled))
