@@ -224,6 +224,7 @@ def _meet_tolerance(
     An error far from what the replay promised is no rounding: a compiler went wrong in this mode,
     and the plan is built in the target's plainest one.
     """
+    plan: Variant | None = None
     for _ in range(RETRIES):
         assignment, promised = found.candidate.solution.assignment, found.candidate.error
         mode = "" if clock.is_past(SLOW_MODE) else _modes(measured, assignment)[0]
@@ -245,7 +246,7 @@ def _meet_tolerance(
             raise _missed(measured, found, plan) from error
         found = replace(again, budgets=found.budgets)
     floats = contenders(measured)[ALL_FLOAT]
-    if not _is_allowed(measured, found, None, floats, 0.0):
+    if plan is not None and not _is_allowed(measured, found, None, floats, 0.0):
         raise _missed(measured, found, plan)
     clock.cut(f"{RETRIES} plans missed the tolerance once lowered; float instead")
     return build(graph, measured, "plan", floats), found
