@@ -43,6 +43,10 @@ class Choice:
         return self.name
 
 
+FLOAT32 = Choice("float32", "float32")
+BFLOAT16 = Choice("bfloat16", "bfloat16")
+
+
 @dataclass(frozen=True)
 class Site:
     """One op of the canonical graph that may run in another precision."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mpq_fx.facts import Choice
-from mpq_fx.passes.lower.onednn import BF16, ONEDNN, STATIC
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import BF16, STATIC
 from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn

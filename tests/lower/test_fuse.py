@@ -12,7 +12,8 @@ from torch.nn.functional import relu
 from mpq_fx.graph import ops
 from mpq_fx.passes.lower import onednn
 from mpq_fx.passes.lower.inductor import INT8, compile_frozen
-from mpq_fx.passes.lower.onednn import BF16, ONEDNN, STATIC
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import BF16, STATIC
 from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn

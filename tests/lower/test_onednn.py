@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import mpq_fx
-from mpq_fx import settle
 from mpq_fx.facts import Choice
 from mpq_fx.graph import name_of, ops
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.lower import cpu, onednn_cost
 from mpq_fx.passes.lower.inductor import ALL, INT8
-from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC, STATIC7
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import BF16, DYNAMIC, STATIC, STATIC7
 from mpq_fx.registry import bindings_of
 from tests.lowered import Lowered
 
@@ -160,7 +160,8 @@ def find_site():
 PROGRAM = """
 import torch
 from mpq_fx.passes.lower import cpu, onednn_cost
-from mpq_fx.passes.lower.onednn import ONEDNN, STATIC, STATIC7
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import STATIC, STATIC7
 from mpq_fx.facts import Site
 site = Site("a", "linear", "a", input_shape=(4, 256), weight_shape=(32, 256))
 refused = bool(list(ONEDNN.refuse(site, STATIC)))
@@ -176,7 +177,8 @@ print(refused, bool((y == 63 * 127 * 256).all()))
 NET = """
 import torch
 from torch import nn
-from mpq_fx.passes.lower.onednn import CHOICES, ONEDNN, STATIC, STATIC7
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import CHOICES, STATIC, STATIC7
 from mpq_fx.facts import Choice
 from tests.lowered import Lowered
 net = nn.Sequential(nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 32, 1), nn.Flatten(1),
@@ -352,58 +354,3 @@ def test_a_convolution_without_choices_is_timed_as_pytorch_runs_it(isolated, lay
     (site,) = Lowered(layer, torch.randn(x), {}).sites
     assert site.attributes
     assert onednn_cost.measure(site, Choice("float32", "float32")) > 0
-
-
-class Computed(nn.Module):
-    """What a call computes itself: a vector of weights, a matrix, a bias, a filter; and one row."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.kind, self.up, self.down = kind, nn.Linear(32, 32), nn.Linear(32, 32)
-        self.vector, self.filter = nn.Parameter(torch.randn(32)), nn.Linear(32, 4 * 4 * 9)
-
-    def forward(self, x):
-        y, linear = torch.relu(self.up(x)), nn.functional.linear
-        if self.kind == "vector":
-            return linear(y, self.vector)
-        if self.kind == "matrix":
-            return linear(y, self.down(x))
-        if self.kind == "bias":
-            return linear(y, self.down.weight, x.mean(0))
-        if self.kind == "filter":
-            image = y[:, :16].reshape(1, 4, -1, 4)
-            w = self.filter(y[:1]).view(4, 4, 3, 3)
-            return nn.functional.conv2d(image, w, y.mean(0)[:4], padding=1)
-        return self.down(y.mean(0))
-
-
-@pytest.mark.parametrize("kind", ["vector", "matrix", "bias", "filter", "one row"])
-@pytest.mark.parametrize("fmt", ["bfloat16", "int8*uint8_tensor/static"])
-def test_what_a_call_computes_is_packed_by_nobody(isolated, kind, fmt):
-    if fmt != "bfloat16" and not cpu.has("vnni"):
-        fmt = "int8*int7_tensor/static"
-    options = {"formats": [fmt], "tolerance": 0.2, "objective": "size", "calibration_calls": 4}
-    model, given = Computed(kind).eval(), [torch.randn(8, 32) for _ in range(6)]
-    compiled = torch.compile(model, backend="mpq", options={"target": "cpu", **options})
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(settle, "_modes", lambda *_: (ALL,))  # templates want constants
-        patch.setattr(settle, "_worth_compiling", lambda *_: ())
-        for x in given:
-            assert relative_rms(compiled(x), model(x)) < 0.2
-    ((_, binding),) = bindings_of(compiled)
-    assert binding.plan is not None, binding.reason
-    assert "up" in binding.plan.choices
-
-
-def test_a_call_without_rows_runs_where_templates_won(isolated, monkeypatch):
-    monkeypatch.setattr(settle, "_modes", lambda *_: (ALL,))
-    monkeypatch.setattr(settle, "_worth_compiling", lambda *_: ())
-    model = Mlp().eval()
-    options = {"target": "cpu", "tolerance": 0.2, "objective": "size", "calibration_calls": 3}
-    compiled = torch.compile(model, backend="mpq", options=options)
-    with torch.no_grad():
-        for _ in range(4):
-            compiled(torch.randn(8, 64))
-        assert compiled(torch.randn(0, 64)).shape == (0, 32)
-    assert all(b.plan.ledger[0].mode.startswith(ALL) for _, b in bindings_of(compiled))

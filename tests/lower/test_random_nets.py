@@ -11,7 +11,8 @@ from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
 
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.lower.inductor import ALL, INT8
-from mpq_fx.passes.lower.onednn import BF16, DYNAMIC, ONEDNN, STATIC
+from mpq_fx.passes.lower.onednn import ONEDNN
+from mpq_fx.passes.lower.onednn_choices import BF16, DYNAMIC, STATIC
 from tests.lowered import Lowered
 
 pytestmark = pytest.mark.onednn
