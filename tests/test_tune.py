@@ -14,7 +14,6 @@ import mpq_fx
 from mpq_fx import search, tuning
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError, MpqError, PlanError
 from mpq_fx.numerics import relative_rms
-from mpq_fx.problem import total
 from mpq_fx.registry import bindings_of
 
 
@@ -365,52 +364,3 @@ def test_tune_and_apply_say_what_they_were_given_instead(model, plan):
         tune(lambda x: x)
     with pytest.raises(ConfigError, match="tune makes a plan, and the config names one already"):
         tune(model, plan=plan)
-
-
-class Tied(nn.Module):
-    """A head that reads the weight of the embedding, and a block that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.block = nn.Embedding(300, 32), nn.Linear(32, 32)
-        self.head = nn.Linear(32, 300, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.block(torch.relu(self.block(self.table(ids))))
-        return self.head(x)
-
-
-def test_a_weight_of_several_sites_is_as_large_as_it_is():
-    made, generator = Tied().eval(), torch.Generator().manual_seed(0)
-    ids = [torch.randint(300, (2, 8), generator=generator) for _ in range(4)]
-    held = sum(p.numel() * p.element_size() for p in made.parameters())
-    found = tune(made, ids, tolerance=None, objective="error", max_size="0.5x")
-    assert found.baseline["size"] == held
-    assert found.budgets["max_size"] == held / 2
-    taken = {s: choice.name for s, choice in found.choices.items()}
-    assert total(found.tables["size"], taken) + 4 * 32 <= held / 2  # and the bias
-    halves = dict.fromkeys(taken, "bfloat16")  # each op has a copy in a layout of its own
-    assert total(found.tables["size"], halves) == 2 * 2 * 300 * 32 + 2 * 32 * 32
-
-
-class Products(nn.Module):
-    """Matrix products whose work is a square of the number of rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Linear(32, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
-        return x @ x.transpose(-1, -2) @ x
-
-
-def test_work_is_that_of_a_recorded_call_and_not_of_the_first_one(isolated):
-    rows = (3, 5, 64, 64, 64, 64)  # a graph of any size is compiled at 5
-    found = tune(Products().eval(), [batch(k, size)[None] for k, size in enumerate(rows)])
-    squares = 2 * 64 * 64 * 32
-    assert sum(row.site.macs for row in found.ledger) == squares + 64 * 32 * 32
-    assert found.baseline["bops"] == 32 * 32 * (squares + 64 * 32 * 32)
