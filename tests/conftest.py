@@ -6,6 +6,8 @@ import importlib.util
 import os
 import random
 import shutil
+import sys
+from textwrap import dedent
 
 # Before torch is imported, and for the processes that tests start: one thread, so that sums do not
 # depend on the machine, and compilation in the process itself, so that no worker outlives a test.
@@ -20,6 +22,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from mpq_fx import plugins
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -60,3 +64,28 @@ def isolated():
     yield
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()  # noqa: TID251
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A distribution as pip leaves it: a module, METADATA and entry_points.txt on sys.path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = []
+
+    def write(package: str, code: str, **groups: str) -> None:
+        (tmp_path / f"{package}.py").write_text(
+            "from __future__ import annotations\n" + dedent(code)
+        )
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"[mpq_fx.{group}]\n{line}\n" for group, line in groups.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        modules.append(package)
+        plugins.forget()
+
+    yield write
+    for module in modules:
+        sys.modules.pop(module, None)
+    monkeypatch.undo()
+    plugins.forget()
