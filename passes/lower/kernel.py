@@ -109,7 +109,7 @@ def _offering(target: Target, offers: Mapping[str, Offer]) -> Target:
         choices=_merged((target.choices, *added)),
         refuse=partial(_refuse, target, offers),
         measure=partial(_measure, target, offers),
-        unkept=_merged(added),
+        unkept=_merged((target.unkept, *added)),
     )
 
 
