@@ -102,8 +102,8 @@ def apply(
     A plan with codes also fills a model on the meta device.  Raises PlanError for a plan with a
     layer that the model has not.
     """
+    from mpq_fx.backend import compile_apart
     from mpq_fx.codes import materialize
-    from mpq_fx.dynamo import compile_apart
     from mpq_fx.install import check_layers
     from mpq_fx.plan import load
 

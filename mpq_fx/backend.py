@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,3 +56,22 @@ def needs_gradients(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in example_inputs
     )
+
+
+def compile_apart(model: Any, **options: Any) -> Any:
+    """torch.compile(model) for mpq whose graphs are no other's, and do not count against the
+    recompile limit of others.
+
+    Dynamo keeps compilations by code, so those of several plans would add up to its limit and
+    then run eager.  PyTorch before 2.13 has no such separation; there it holds for the process, not
+    for the thread, so that the graphs of one tune would answer another one of the same options in
+    a second thread.  Dynamo takes no graph of another backend than the one that is asked for, and
+    so this one is of this very call.
+    """
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        return mpq(gm, example_inputs, **given)
+
+    known = inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    return torch.compile(model, backend=backend, options=options, **apart)  # type: ignore[call-overload]

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from mpq_fx.constant_pool import WRITES, was_written, write, wrote
 from mpq_fx.facts import Plan
 from mpq_fx.passes.lower.constants import Recipe, evaluate
-from mpq_fx.watch import Watch
+from mpq_fx.watch import Stamp, Watch, stamp
 
 Sizes = tuple[tuple[int, ...], ...]  # of the tensors of a call, parameters aside
 
@@ -40,7 +40,8 @@ class Installed:
     live_names: tuple[str, ...]  # placeholders at those positions
     derived: tuple[Callable[[], None], ...]  # to be redone after a constant was refreshed
     source: GraphModule  # the graph the recipes compute in
-    recipes: tuple[Recipe, ...] = ()
+    recipes: tuple[Recipe, ...]
+    stamps: Mapping[str, Stamp]  # of the parameters, before the recipes read them
     accepts: Callable[[Sequence[Any]], bool] = lambda args: True  # sizes this compilation is for
 
 
@@ -88,10 +89,19 @@ class Binding:
         """Switch to a compiled plan at once; the calibration inputs are let go."""
         self.watched = tuple(sorted({p for r in installed.recipes for p in r.parameters}))
         self.positions = tuple(map(self.names.index, self.watched))
-        values = self.values()
-        self.watch, self.seen = Watch([values[name] for name in self.watched]), WRITES.last
+        if not self.released:  # else there is nothing left to look at
+            self._begin_to_watch(installed)
         self.installed, self.plan, self.reason = installed, plan, ""
         self.records, self.losses = [], ()
+
+    def _begin_to_watch(self, installed: Installed) -> None:
+        """Know the weights as they are; what another thread edited while the plan was solved is
+        computed again.
+        """
+        values, last, read = self.values(), WRITES.last, installed.stamps
+        self.watch = Watch([values[name] for name in self.watched])
+        edited = [name for name in self.watched if read[name] != stamp(values[name])]
+        self.seen = wrote(renewed(installed, values, edited), last)
 
     def keep_float(self, reason: str, plan: Plan | None = None) -> None:
         self.installed, self.reason, self.records = None, reason, []
@@ -108,8 +118,9 @@ class Binding:
         if changed:
             with self.lock:
                 values = dict(zip(self.names, parameters, strict=True))
+                seen = self.watch.seen(tensors, changed)
                 self.update(values, [self.watched[k] for k in changed], last)
-                self.watch.accept(tensors, changed)
+                self.watch.accept(seen)
         elif last != self.seen:
             self.seen = last
         return [self.watched[k] for k in changed]
@@ -135,8 +146,9 @@ class Binding:
         with self.lock:
             last = WRITES.last
             edited = self._with_written(self.watch.edited(tensors))
+            seen = self.watch.seen(tensors, edited)
             self.update(values, [self.watched[k] for k in edited], last)
-            self.watch.accept(tensors, edited)
+            self.watch.accept(seen)
         return [self.watched[k] for k in edited]
 
     def update(self, values: Mapping[str, Tensor], changed: Sequence[str], last: int) -> None:
@@ -144,14 +156,21 @@ class Binding:
         then as after the write `last` of shared ones.
         """
         assert self.installed is not None
-        touched = [r for r in self.installed.recipes if set(r.parameters) & set(changed)]
-        fresh = evaluate(self.installed.source, touched, values)
-        owned = self.installed.constants
-        with torch.inference_mode(False), torch.no_grad():
-            written = [getattr(owned, k) for k, x in fresh.items() if write(getattr(owned, k), x)]
-            for redo in self.installed.derived if touched else ():
-                redo()
-        self.seen = wrote(written, last)
+        self.seen = wrote(renewed(self.installed, values, changed), last)
+
+
+def renewed(
+    installed: Installed, values: Mapping[str, Tensor], changed: Sequence[str]
+) -> list[Tensor]:
+    """The constants that got other values."""
+    touched = [r for r in installed.recipes if set(r.parameters) & set(changed)]
+    fresh = evaluate(installed.source, touched, values)
+    owned = installed.constants
+    with torch.inference_mode(False), torch.no_grad():
+        written = [getattr(owned, k) for k, x in fresh.items() if write(getattr(owned, k), x)]
+        for redo in installed.derived if touched else ():
+            redo()
+    return written
 
 
 def bind(names: Sequence[str], parameters: Sequence[Tensor], sites: Mapping[str, str]) -> Binding:

@@ -19,6 +19,7 @@ from mpq_fx.passes.lower.layout import keep_output_layout
 from mpq_fx.passes.lower.target import Lowered, Target
 from mpq_fx.passes.rewrite import rewrite
 from mpq_fx.sizes import size_guard
+from mpq_fx.watch import stamp
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -73,6 +74,7 @@ def lower(
     lowered = target.lower(gm, mode)
     keep_output_layout(gm, graph.gm)
     parameters = {graph.names[k]: values[graph.names[k]] for k in graph.parameters}
+    stamps = {name: stamp(x) for name, x in parameters.items()}  # before the contents are read
     folded = fold_constants(gm, parameters)
     share(folded, gm, parameters)
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
@@ -89,6 +91,7 @@ def lower(
         compiled.derived,
         gm,
         folded.recipes,
+        stamps,
         accepts,
     )
     return installed, lowered

@@ -52,17 +52,6 @@ def _apart(counted: Mapping[str, int]) -> tuple[dict[str, int], int]:
     return others, sum(counted.values()) - sum(others.values())
 
 
-def compile_apart(model: Any, **options: Any) -> Any:
-    """torch.compile(model) for mpq whose graphs do not count against the recompile limit of others.
-
-    Dynamo keeps compilations by code, so those of several plans would add up to its limit and
-    then run eager.  PyTorch before 2.13 has no such separation.
-    """
-    known = inspect.signature(torch.compile).parameters
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(model, backend="mpq", options=options, **apart)  # type: ignore[call-overload]
-
-
 def many_variants(count: int) -> AbstractContextManager[Any]:
     """While entered, one model may be compiled `count` times more than Dynamo's limit allows."""
     return config.patch(recompile_limit=config.recompile_limit + count)

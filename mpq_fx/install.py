@@ -20,6 +20,7 @@ from mpq_fx.describe import fingerprint
 from mpq_fx.errors import MpqError, PlanError
 from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
 from mpq_fx.first_call import install_compared
+from mpq_fx.formats import FORMATS
 from mpq_fx.graph import kind_of, placeholders, value
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
@@ -34,6 +35,7 @@ FLOAT_WINS = "no allowed plan is faster than float"
 # Sites that every graph of a model has.  Others come and go with its shapes: looking up positions
 # of a fixed length gives a constant, which is no site.
 LASTING = ("linear", "conv")
+FACTS = {"op", "weight_shape", "dtype"}  # of a site in a fingerprint, which `chosen` compares
 
 
 def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> None:
@@ -41,6 +43,7 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
 
     Raises PlanError where the plan cannot mean this model.
     """
+    check_whole(plan)
     name = plan.target if config.target == "auto" else config.target
     kind = kind_of(binding.values().values())
     target = available(target_named(name, config.device, kind), kind)
@@ -86,6 +89,13 @@ def _lowered(
                 f"{binding.site_names[name]}: the plan has no static scale for {choice}",
                 fix="load the plan as mpq-fx wrote it, or tune again",
             )
+        kind = FORMATS.get(choice.activation)
+        if choice.scaling == "none" and kind is not None and not kind.is_plain:
+            raise PlanError(
+                f"{binding.site_names[name]}: {choice} does not say when the scale of its "
+                f"{choice.activation} is known",
+                fix=f"{choice}/dynamic",
+            )
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         return lower(graph, target, binding.values(), choices, scales, mode)[0]
 
@@ -104,13 +114,31 @@ def warn_of_machine(plan: Plan, target: Target) -> None:
         )
 
 
+def check_whole(plan: Plan) -> None:
+    """PlanError where a hand took out something that a plan has of every site."""
+    sites = plan.fingerprint.get("sites")
+    names = sites if isinstance(sites, Mapping) else {}
+    broken = [n for n, known in names.items() if not isinstance(known, Mapping) or FACTS - {*known}]
+    for what, found in (
+        ("no sites in its fingerprint", [] if isinstance(sites, Mapping) else ["fingerprint"]),
+        ("no op, weight_shape or dtype of a site", broken),
+        ("no choice of a site", [name for name in names if name not in plan.choices]),
+    ):
+        if found:
+            raise PlanError(
+                f"the plan has {what}: {found[0]}",
+                fix="load the file as mpq-fx wrote it, or tune again",
+            )
+
+
 def check_layers(plan: Plan, model: torch.nn.Module) -> None:
     """PlanError where the plan has a layer that the model has not.
 
     Graphs check the layers that they have when they are compiled; none of them misses one.
     """
+    check_whole(plan)
     paths = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-    for name, facts in plan.fingerprint.get("sites", {}).items():
+    for name, facts in plan.fingerprint["sites"].items():
         path = name.partition("#")[0]
         is_path = "." in path or path.isdigit()  # other names are those of a graph's own values
         if facts["op"] in LASTING and is_path and path not in paths:

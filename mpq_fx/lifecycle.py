@@ -6,16 +6,17 @@ import logging
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes, sizes_of
 from mpq_fx.config import Config
-from mpq_fx.errors import MpqError, first_line
+from mpq_fx.errors import MpqError, WeightError, first_line
 from mpq_fx.facts import Site
+from mpq_fx.watch import Stamp, stamp
 
 if TYPE_CHECKING:
     from mpq_fx.compiler import Graph
@@ -24,8 +25,31 @@ if TYPE_CHECKING:
     from mpq_fx.shapes import Code
 
 log = logging.getLogger("mpq_fx")
+T = TypeVar("T")
 
-LIFECYCLES: weakref.WeakSet[Lifecycle] = weakref.WeakSet()
+
+class Known(weakref.WeakSet[T]):
+    """A WeakSet that may grow in one thread while another one iterates over what was there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        super().__init__()
+
+    def add(self, item: T) -> None:
+        with self._lock:
+            super().add(item)
+
+    def discard(self, item: T) -> None:
+        with self._lock:
+            super().discard(item)
+
+    def __iter__(self) -> Iterator[T]:
+        with self._lock:
+            found = list(super().__iter__())
+        return iter(found)
+
+
+LIFECYCLES: Known[Lifecycle] = Known()
 OBSERVING = "observing"
 INTERRUPTED = "planning was interrupted; mpq_fx.finalize(model) begins again"
 FREED = "this call needs the float weights, which apply(release=True) freed"
@@ -80,15 +104,14 @@ class Lifecycle:
         with binding.lock:
             if binding.reason not in (OBSERVING, INTERRUPTED) or self._optimize is None:
                 return
-            binding.reason = "solving"
+            before, binding.reason = stamps(binding), "solving"
             try:
                 self._optimize(binding, self.config, judge, others, work)
             except Exception as error:  # the user's mistake, or that of a compiler, or no memory
-                what = error.what if isinstance(error, MpqError) else first_line(error)
-                binding.keep_float(what)
+                failure = _failed(binding, error, before)
                 if self.config.on_error == "raise":
-                    raise
-                log.warning("staying in float: %s", error)
+                    raise failure from failure.__cause__
+                log.warning("staying in float: %s", failure)
             except BaseException:
                 binding.installed, binding.reason = None, INTERRUPTED
                 raise
@@ -184,6 +207,28 @@ class Lifecycle:
         """Copies of the arguments that are not parameters; a mutated buffer is copied too."""
         with torch.inference_mode(False), torch.no_grad():
             return tuple(None if k in self._fixed else _copy(arg) for k, arg in enumerate(args))
+
+
+def stamps(binding: Binding) -> dict[str, Stamp]:
+    return {name: stamp(tensor) for name, tensor in binding.values().items()}
+
+
+def _failed(binding: Binding, error: Exception, before: Mapping[str, Stamp]) -> Exception:
+    """Run on in float; the error to raise.
+
+    Of weights that another thread edited meanwhile some of the numbers are from before, and others
+    from after the edit: what failed then may work with the calls that were seen.
+    """
+    if stamps(binding) == before:
+        binding.keep_float(error.what if isinstance(error, MpqError) else first_line(error))
+        return error
+    binding.installed, binding.reason = None, INTERRUPTED
+    edited = WeightError(
+        f"weights were edited while their plan was made: {first_line(error)}",
+        fix="mpq_fx.finalize(model) when no thread edits them",
+    )
+    edited.__cause__ = error
+    return edited
 
 
 def is_telling(record: Sequence[Any]) -> bool:

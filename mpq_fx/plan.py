@@ -138,6 +138,11 @@ def _write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise PlanError(
+            f"cannot write the plan {path}: {error.strerror}",
+            fix="save to a folder that you may write to, with room",
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

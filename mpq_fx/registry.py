@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +12,9 @@ from mpq_fx.binding import Binding
 from mpq_fx.config import Config
 from mpq_fx.errors import MpqError
 from mpq_fx.facts import Plan, Row, Site
-from mpq_fx.lifecycle import LIFECYCLES, Lifecycle
+from mpq_fx.lifecycle import LIFECYCLES, Known, Lifecycle
 
-ROOTS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models that a user handed over
+ROOTS: Known[torch.nn.Module] = Known()  # models that a user handed over
 
 
 def naming_root(binding: Binding, frame: torch.nn.Module | None) -> torch.nn.Module | None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from mpq_fx.backend import compile_apart
 from mpq_fx.batch import call, inputs_of
 from mpq_fx.binding import Binding
 from mpq_fx.checkpoint import Journal
 from mpq_fx.clock import ANNOUNCE
 from mpq_fx.compiler import check_names
 from mpq_fx.config import Config
-from mpq_fx.dynamo import compile_apart
 from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError
 from mpq_fx.facts import Choice, Plan
 from mpq_fx.install import install_plan

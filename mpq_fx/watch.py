@@ -13,13 +13,16 @@ from __future__ import annotations
 import ctypes
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 CALLS = 64  # calls after which every tensor was looked at once
 BLOCK = 4096  # bytes checked at each look
+
+Stamp = tuple[int | None, int]  # version and address
+Seen = Mapping[int, "tuple[Stamp, array[int]]"]  # position -> stamp and checksums
 
 
 class Watch:
@@ -33,11 +36,21 @@ class Watch:
         self._sums = [checksums(t) for t in tensors]
         self._stamps = self._stamp(tensors)
 
-    def accept(self, tensors: Sequence[Tensor], changed: Sequence[int]) -> None:
-        """Take the present contents of the tensors at these positions as known."""
-        for k in changed:
-            self._sums[k] = checksums(tensors[k])
-        self._stamps = self._stamp(tensors)
+    def seen(self, tensors: Sequence[Tensor], changed: Sequence[int]) -> Seen:
+        """The tensors at these positions as they are, for `accept`.
+
+        To be asked before something is computed from them: what another thread edits meanwhile is
+        then seen as changed by the next call.
+        """
+        return {k: (stamp(tensors[k]), checksums(tensors[k])) for k in changed}
+
+    def accept(self, seen: Seen) -> None:
+        """Take these contents as known."""
+        versions, pointers = self._stamps
+        for k, ((version, pointer), sums) in seen.items():
+            self._sums[k], pointers[k] = sums, pointer
+            if version is not None:
+                versions[self._counted.index(k)] = version
 
     def changed(self, tensors: Sequence[Tensor]) -> list[int]:
         """Positions of tensors that were edited since `accept`, as far as one call can tell."""
@@ -74,6 +87,11 @@ class Watch:
             if sums and checksum(dense(tensors[k]), block) != sums[block]:
                 found.append(k)
         return found
+
+
+def stamp(t: Tensor) -> Stamp:
+    """What an edit that PyTorch counts, or one that moves the storage, makes another."""
+    return None if t.is_inference() else t._version, t.data_ptr()
 
 
 def checksums(t: Tensor) -> array[int]:

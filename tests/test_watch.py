@@ -34,7 +34,7 @@ def test_what_pytorch_counts_or_moves_is_seen_on_the_next_call(edit):
     with torch.no_grad():
         edit(tensors[1])
     assert watch.changed(tensors) == [1]
-    watch.accept(tensors, [1])
+    watch.accept(watch.seen(tensors, [1]))
     assert not any(watch.changed(tensors) for _ in range(CALLS))
 
 
@@ -54,7 +54,7 @@ def test_a_dense_data_edit_is_seen_within_the_stated_number_of_calls(count):
         tensors[victim].data.add_(1.0)
         calls = calls_until_seen(watch, tensors, CALLS)
         assert calls is not None
-        watch.accept(tensors, [victim])
+        watch.accept(watch.seen(tensors, [victim]))
 
 
 def test_a_data_edit_of_one_block_is_seen_once_every_block_had_its_turn():

@@ -238,10 +238,15 @@ def read(path: Path) -> dict[str, float]:
 
 def write(path: Path, known: Mapping[str, float]) -> None:
     """Replace the file at once, so that two processes never see half of one."""
+    part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            part = Path(file.name)
             json.dump(dict(known), file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError:  # a read-only home: measuring again next time is all that is lost
+        os.replace(part, path)
+    except OSError:  # a read-only home, a full disk: measuring again is all that is lost
         return
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ kernels may be called from C++ instead of Python, which saves a few microseconds
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -69,6 +70,7 @@ def compile_frozen(gm: GraphModule, example_inputs: Sequence[Any], mode: str) ->
         torch.no_grad(),
         inductor.patch(settings),
         adding_in_place(),
+        unlisted(),
         recording(dtypes) as derived,
     ):
         run: Callable[..., Any] = compile_fx(gm, list(example_inputs))  # type: ignore[assignment]
@@ -85,3 +87,24 @@ def adding_in_place() -> AbstractContextManager[Any]:
     from torch._inductor.fx_passes import mkldnn_fusion
 
     return patch.object(mkldnn_fusion, "_qlinear_binary_can_be_inplace", lambda other: True)
+
+
+@contextmanager
+def unlisted() -> Iterator[None]:
+    """What Inductor loads inside lives as long as the compiled graph, and no longer.
+
+    It sets the constants of a graph on the module of its code, and lists every module until the
+    process ends (torch 2.13): so the packed weights of each plan that lost a race, and of each
+    model that is gone, would stay in memory.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    known = {id(module) for module in PyCodeCache.modules}
+    try:
+        yield
+    finally:
+        without_constants = {id(module) for module in PyCodeCache.modules_no_attr.values()}
+        for module in [m for m in PyCodeCache.modules if id(m) not in known | without_constants]:
+            PyCodeCache.modules.remove(module)
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]

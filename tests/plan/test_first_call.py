@@ -106,6 +106,16 @@ def test_weights_that_were_freed_cannot_be_built_again(plan, net, compilers):
         compiled(torch.randn(4, 32))
 
 
+def test_weights_that_were_freed_are_not_looked_at_after_the_comparison(plan, net, compilers):
+    x = torch.randn(4, 32)
+    expected = net(x).detach()
+    compiled = mpq_fx.apply(net, plan, release=True)
+    with torch.no_grad():
+        for _ in range(3):
+            assert (compiled(x) - expected).norm() < 0.05 * expected.norm()
+    assert mpq_fx.refresh(compiled) == []
+
+
 def test_weights_edited_before_the_first_call_count(plan, net):
     compiled, x = mpq_fx.apply(net, plan), torch.randn(4, 32)
     with torch.no_grad():

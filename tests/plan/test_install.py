@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
@@ -102,3 +103,48 @@ def test_a_plan_with_a_wrapper_in_cpp_runs_in_any_batch(isolated):
     with torch.inference_mode():
         for x in batches:
             torch.testing.assert_close(applied(x), model(x), rtol=0.05, atol=0.05)
+
+
+def edited_fact(plan):
+    del plan["fingerprint"]["sites"]["0"]["op"]
+
+
+def without_sites(plan):
+    plan["fingerprint"]["sites"] = None
+
+
+def without_a_choice(plan):
+    del plan["choices"]["0"]
+
+
+def without_scaling(plan):
+    plan["choices"]["0"] = "int8"
+
+
+@pytest.mark.parametrize(
+    ("hand", "message"),
+    [
+        (edited_fact, "no op, weight_shape or dtype of a site: 0"),
+        (without_sites, "no sites in its fingerprint"),
+        (without_a_choice, "no choice of a site: 0"),
+        (without_scaling, "0: int8 does not say when the scale of its int8 is known"),
+    ],
+)
+@pytest.mark.parametrize("way", ["apply", "option"])
+def test_a_plan_that_a_hand_broke_is_refused(isolated, net, tmp_path, hand, message, way):
+    config = mpq_fx.Config(**OPTIONS)
+    path = tmp_path / "plan.json"
+    batches = [torch.randn(2, 32) for _ in range(3)]
+    mpq_fx.tune(net, batches, config=config, progress=False).save(path)
+    facts = json.loads(path.read_text())
+    hand(facts)
+    path.write_text(json.dumps(facts))
+
+    def run() -> None:
+        options = {"plan": path}
+        made = torch.compile(net, backend="mpq", options=options) if way == "option" else None
+        with torch.inference_mode():
+            (made or mpq_fx.apply(net, path))(batches[0])
+
+    with pytest.raises(PlanError, match=message):
+        run()

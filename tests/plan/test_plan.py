@@ -191,8 +191,8 @@ def test_a_plan_cannot_make_the_reader_open_a_file_elsewhere(with_tensors, tmp_p
 def test_a_failed_write_leaves_the_old_plan(small, tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     save(small, path)
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(PlanError, match=r"cannot write the plan .*plan\.json: disk full"):
         save(replace(small, target="other"), path)
     assert load(path) == small
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
