@@ -10,6 +10,7 @@ import torch
 
 from mpq_fx.binding import Installed, fresh
 from mpq_fx.constant_pool import share
+from mpq_fx.dynamo import one_compiles
 from mpq_fx.facts import Choice
 from mpq_fx.graph import clone, placeholders
 from mpq_fx.measure import Measured, parse
@@ -78,7 +79,7 @@ def lower(
     folded = fold_constants(gm, parameters)
     share(folded, gm, parameters)
     inputs = [node.meta["val"] for node in placeholders(folded.gm)]
-    with size_guard(graph.gm) as accepts:
+    with one_compiles(), size_guard(graph.gm) as accepts:
         compiled = target.compile(folded.gm, inputs, mode)
     live_names = tuple(graph.names[k] for k in folded.live)
     passed = tuple(getattr(folded.gm, name) for name in folded.passed)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._dynamo import config
+from torch._dynamo import config, convert_frame
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.utils import counters
@@ -50,6 +50,14 @@ def _apart(counted: Mapping[str, int]) -> tuple[dict[str, int], int]:
     """Reasons without those that speak of the recompile limit, and how often those were given."""
     others = {reason: n for reason, n in counted.items() if "recompile limit" not in reason.lower()}
     return others, sum(counted.values()) - sum(others.values())
+
+
+def one_compiles() -> AbstractContextManager[Any]:
+    """While entered, no other thread compiles: Inductor keeps what it is at in the process.
+
+    Dynamo holds this lock while it calls a backend; a plan is compiled later, in a call.
+    """
+    return convert_frame.compile_lock
 
 
 def many_variants(count: int) -> AbstractContextManager[Any]:

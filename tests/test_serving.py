@@ -6,19 +6,22 @@ import errno
 import gc
 import json
 import threading
+import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import mpq_fx
-from mpq_fx import backend, binding, compiler
+from mpq_fx import backend, binding, compiler, passes
 from mpq_fx.errors import InfeasibleError, WeightError
 from mpq_fx.lifecycle import LIFECYCLES, Known
 from mpq_fx.numerics import relative_rms
 from mpq_fx.passes.analyze.cost import read, write
 from mpq_fx.passes.lower.inductor import ALL, compile_frozen
+from mpq_fx.passes.lower.reference import REFERENCE
 from mpq_fx.registry import bindings_of
 
 OPTIONS = {
@@ -192,3 +195,33 @@ def test_latencies_that_find_no_room_leave_nothing_behind(tmp_path, monkeypatch)
     write(path, {"a": 2.0})
     assert read(path) == {"a": 1.0}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_thread_compiles_at_a_time(isolated, monkeypatch):
+    """What Inductor and FX are at is known to the process, not to the thread."""
+    compile_ = REFERENCE.compile
+    begun, entered = threading.Barrier(2, timeout=60), threading.Semaphore(1)
+    overlaps = []
+
+    def slow(gm, inputs, mode):
+        if not entered.acquire(blocking=False):
+            overlaps.append(mode)
+            return compile_(gm, inputs, mode)
+        time.sleep(0.05)
+        entered.release()
+        return compile_(gm, inputs, mode)
+
+    monkeypatch.setattr(passes, "TARGETS", (replace(REFERENCE, compile=slow),))
+    compiled = [observed(Net(seed), calls=2) for seed in range(2)]
+
+    def solve(each) -> None:
+        begun.wait()
+        mpq_fx.finalize(each)
+
+    threads = [threading.Thread(target=solve, args=(each,)) for each in compiled]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(b.installed is not None for each in compiled for _, b in bindings_of(each))
+    assert overlaps == []
