@@ -74,11 +74,20 @@ class Binding:
         me = weakref.ref(self)
 
         def orphan(dead: weakref.ref[Tensor]) -> None:
-            if (binding := me()) is not None:
-                binding.orphaned = True
+            if (binding := me()) is None:
+                return
+            binding.orphaned = True
+            # One parameter that is assigned another tensor is the same model still.
+            if len(binding.parameters) > 1 and not binding.values():
+                binding.let_go()
 
         self.parameters = tuple(weakref.ref(p, orphan) for p in parameters)
         self.orphaned = False
+
+    def let_go(self) -> None:
+        """The model is gone: nobody calls this again, and Dynamo keeps code longer than models."""
+        self.installed, self.watch, self.reason = None, None, "its model is gone"
+        self.records, self.losses = [], ()
 
     def values(self) -> dict[str, Tensor]:
         """{placeholder: parameter}; a parameter that died makes its entry missing."""
@@ -187,9 +196,19 @@ def record_bytes(record: Sequence[Any]) -> int:
     return sum(x.numel() * x.element_size() for x in record if isinstance(x, Tensor))
 
 
+def copied(x: Tensor) -> Tensor:
+    """The same numbers at the same strides, which compiled code takes for granted: a clone of an
+    expanded or a sliced tensor is dense.
+    """
+    if x.layout != torch.strided or torch.ops.aten.is_non_overlapping_and_dense(x) or not x.numel():
+        return x.clone()
+    spanned = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((spanned,), (1,)).clone().as_strided(x.shape, x.stride(), 0)
+
+
 def fresh(record: Sequence[Any]) -> tuple[Any, ...]:
     """A record whose plain tensors are copies, for a run that may write to its inputs."""
     return tuple(
-        x.clone() if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) else x
+        copied(x) if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) else x
         for x in record
     )

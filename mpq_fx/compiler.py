@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,13 +98,15 @@ def compile_graph(
         tuple(changed),
     )
     config = loaded(config)
+    root = frame_root()
+    frame = None if root is None else weakref.ref(root)  # Dynamo keeps code longer than models
     run_float = gm.forward if is_planned(graph, config) else compile_float()
     return Lifecycle(
         graph,
         run_float,
         config,
         optimize=partial(optimize, graph, run_float),
-        welcome=partial(welcome, graph, frame_root()),
+        welcome=partial(welcome, graph, frame),
         reason="" if has_error(captured.gm, caches) else NO_ERROR,
     )
 
@@ -141,13 +144,16 @@ def optimize(  # noqa: PLR0913 -- what is known of one graph, and what `tune` ad
 
 
 def welcome(
-    graph: Graph, frame: torch.nn.Module | None, lifecycle: Lifecycle, binding: Binding
+    graph: Graph,
+    frame: weakref.ref[torch.nn.Module] | None,
+    lifecycle: Lifecycle,
+    binding: Binding,
 ) -> None:
     """A first call with new parameters: name the sites, and start from a plan where there
     is one.
     """
     config = lifecycle.config
-    root = naming_root(binding, frame)
+    root = naming_root(binding, frame and frame())
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
     plan = config.plan or donor(graph, binding, bindings_under(config))

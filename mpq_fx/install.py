@@ -5,7 +5,7 @@ weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from mpq_fx.binding import Binding, Installed
 from mpq_fx.build import lower
 from mpq_fx.config import Config
 from mpq_fx.describe import fingerprint
-from mpq_fx.errors import MpqError, PlanError
+from mpq_fx.errors import MpqError, PlanError, first_line
 from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
 from mpq_fx.first_call import install_compared
 from mpq_fx.formats import FORMATS
@@ -61,10 +61,28 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
         binding.keep_float(FLOAT_WINS, plan)
         return
     compiled = partial(_lowered, graph, target, binding, choices, plan)
+    mode, installed = _compiled(mode, compiled)
     if mode:
-        install_compared(binding, plan, compiled(mode), mode, partial(compiled, ""))
+        install_compared(binding, plan, installed, mode, partial(compiled, ""))
     else:
-        binding.install(compiled(mode), plan)
+        binding.install(installed, plan)
+
+
+def _compiled(mode: str, compiled: Callable[[str], Installed]) -> tuple[str, Installed]:
+    """In the plan's mode; in the plainest one where that has no code for this shape."""
+    try:
+        return mode, compiled(mode)
+    except MpqError:
+        raise
+    except Exception as error:  # whatever a compiler raises
+        if not mode:
+            raise
+        log.warning(
+            "the plan does not compile with %s in this shape, and is compiled without: %s",
+            mode,
+            first_line(error),
+        )
+        return "", compiled("")
 
 
 def is_empty(graph: Graph) -> bool:

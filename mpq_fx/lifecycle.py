@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpq_fx.binding import RECORD_BYTES, Binding, bind, record_bytes, sizes_of
+from mpq_fx.binding import RECORD_BYTES, Binding, bind, copied, record_bytes, sizes_of
 from mpq_fx.config import Config
 from mpq_fx.errors import MpqError, WeightError, first_line
 from mpq_fx.facts import Site
@@ -249,7 +249,7 @@ def _is_data(x: Tensor) -> bool:
 
 
 def _copy(arg: Any) -> Any:
-    return arg.detach().clone() if isinstance(arg, Tensor) else arg
+    return copied(arg.detach()) if isinstance(arg, Tensor) else arg
 
 
 def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:

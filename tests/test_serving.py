@@ -31,6 +31,7 @@ OPTIONS = {
     "calibration_calls": 3,
     "formats": ["int8"],
 }
+CONFIG = mpq_fx.Config(**OPTIONS)
 
 
 class Net(nn.Module):
@@ -225,3 +226,69 @@ def test_one_thread_compiles_at_a_time(isolated, monkeypatch):
         thread.join()
     assert all(b.installed is not None for each in compiled for _, b in bindings_of(each))
     assert overlaps == []
+
+
+def test_a_model_that_is_dropped_is_freed_with_its_constants(isolated):
+    model = Net()
+    compiled = observed(model)
+    ((_, bound),) = bindings_of(compiled)
+    constants = [getattr(bound.installed.constants, r.name) for r in bound.installed.recipes]
+    alive = [weakref.ref(x) for x in (model, model.up.weight, *constants)]
+    del model, compiled, bound, constants, _
+    gc.collect()
+    assert [x() for x in alive] == [None] * len(alive)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_shape_that_a_mode_has_no_code_for_runs_without_it(isolated, monkeypatch, caplog, rows):
+    """Inductor's matmul templates take no empty batch, nor a vector."""
+    compilers = ["second"]
+
+    def modes(gm, inputs, mode):
+        if mode and not compilers:
+            raise ValueError("not enough values to unpack")
+        return REFERENCE.compile(gm, inputs, mode)
+
+    target = replace(REFERENCE, is_timed=True, modes=lambda planned: ("second",), compile=modes)
+    monkeypatch.setattr(passes, "TARGETS", (target,))
+    model = Net().eval()
+    plan = mpq_fx.tune(model, [batch(k) for k in range(4)], config=CONFIG, progress=False)
+    plan = replace(plan, ledger=tuple(replace(row, mode="second") for row in plan.ledger))
+    compiled, x = mpq_fx.apply(model, plan), batch(0)[:rows]
+    compilers.clear()
+    with torch.inference_mode():
+        found, expected = compiled(x), model(x)
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 0.2 * expected.norm()
+    assert "does not compile with second in this shape" in caplog.text
+
+
+VIEWS = {
+    "expanded": lambda: torch.randn(1, 32).expand(8, 32),
+    "every second": lambda: torch.randn(16, 64)[::2, ::2],
+    "overlapping": lambda: torch.randn(100).as_strided((8, 32), (3, 1), 5),
+    "transposed": lambda: torch.randn(32, 8).t(),
+    "empty": lambda: torch.randn(16, 64)[:0, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_copied_input_has_the_strides_that_code_was_compiled_for(view):
+    x = view()
+    copy = binding.copied(x)
+    assert (copy.shape, copy.stride()) == (x.shape, x.stride())
+    assert torch.equal(copy, x)
+    assert not x.numel() or copy.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.onednn
+def test_a_model_is_planned_on_expanded_inputs(isolated):
+    model = Net().eval()
+    options = {**OPTIONS, "target": "cpu", "time_budget": 0.5, "tolerance": 0.5}
+    compiled = torch.compile(model, backend="mpq", options=options)
+    with torch.inference_mode():
+        for seed in range(4):
+            compiled(batch(seed)[:1].expand(8, 32))
+        x = batch(9)[:1].expand(8, 32)
+        assert relative_rms(compiled(x), model(x)) < 0.5
+    assert [bound.reason for _, bound in bindings_of(compiled)] == [""]
