@@ -98,15 +98,13 @@ def compile_graph(
         tuple(changed),
     )
     config = loaded(config)
-    root = frame_root()
-    frame = None if root is None else weakref.ref(root)  # Dynamo keeps code longer than models
     run_float = gm.forward if is_planned(graph, config) else compile_float()
     return Lifecycle(
         graph,
         run_float,
         config,
         optimize=partial(optimize, graph, run_float),
-        welcome=partial(welcome, graph, frame),
+        welcome=partial(welcome, graph, weakly(frame_root())),
         reason="" if has_error(captured.gm, caches) else NO_ERROR,
     )
 
@@ -145,7 +143,7 @@ def optimize(  # noqa: PLR0913 -- what is known of one graph, and what `tune` ad
 
 def welcome(
     graph: Graph,
-    frame: weakref.ref[torch.nn.Module] | None,
+    frame: Callable[[], torch.nn.Module | None],
     lifecycle: Lifecycle,
     binding: Binding,
 ) -> None:
@@ -153,7 +151,7 @@ def welcome(
     is one.
     """
     config = lifecycle.config
-    root = naming_root(binding, frame and frame())
+    root = naming_root(binding, frame())
     if root is not None:
         binding.site_names = site_names(graph.sites, binding, root)
     plan = config.plan or donor(graph, binding, bindings_under(config))
@@ -170,6 +168,11 @@ def welcome(
     if config.release and binding.installed is not None:
         freed = release(binding)
         log.info("freed %.1f MB of float weights", freed / 1e6)
+
+
+def weakly(module: torch.nn.Module | None) -> Callable[[], torch.nn.Module | None]:
+    """The module while it lives: Dynamo keeps code longer than models."""
+    return weakref.ref(module) if module is not None else lambda: None
 
 
 def check_names(config: Config) -> None:
