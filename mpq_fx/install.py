@@ -21,7 +21,7 @@ from mpq_fx.errors import MpqError, PlanError, first_line
 from mpq_fx.facts import INDUCTOR, Choice, Plan, Site
 from mpq_fx.first_call import install_compared
 from mpq_fx.formats import FORMATS
-from mpq_fx.graph import kind_of, placeholders, value
+from mpq_fx.graph import kind_of
 from mpq_fx.lifecycle import FREED
 from mpq_fx.passes import target_named
 from mpq_fx.passes.lower.target import Target, available
@@ -55,8 +55,8 @@ def install_plan(graph: Graph, binding: Binding, plan: Plan, config: Config) -> 
         log.info("%s", plan.notes[-1])
     warn_of_machine(plan, target)
     mode = mode_of(plan, binding.site_names.values())
-    if mode != INDUCTOR and (plan.target != target.name or is_empty(graph)):
-        mode = ""  # another target's word, or a template of no rows, which Inductor has not
+    if plan.target != target.name and mode != INDUCTOR:
+        mode = ""  # another target's word
     if mode == INDUCTOR:
         binding.keep_float(FLOAT_WINS, plan)
         return
@@ -83,13 +83,6 @@ def _compiled(mode: str, compiled: Callable[[str], Installed]) -> tuple[str, Ins
             first_line(error),
         )
         return "", compiled("")
-
-
-def is_empty(graph: Graph) -> bool:
-    """Was it compiled for a call without a single row?"""
-    inputs = [value(node) for node in placeholders(graph.gm) if node.name not in graph.paths]
-    sizes = [n for x in inputs if isinstance(x, Tensor) for n in x.shape]
-    return any(isinstance(n, int) and n == 0 for n in sizes)
 
 
 def _lowered(
