@@ -125,7 +125,7 @@ def sigmoid(x):
 def activate(x, ACTIVATION: tl.constexpr):
     """In float32; "none" is the identity, "gelu_tanh" x · sigmoid(2u), u = √(2/π)(x + .044715x³)"""
     if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a GPU's own maximum drops NaN
     elif ACTIVATION == "silu":
         x = x * sigmoid(x)
     elif ACTIVATION == "gelu":

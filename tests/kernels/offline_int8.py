@@ -66,10 +66,18 @@ def quantize(k: int, machine: Machine) -> None:
         triton_norm.launch(x, (x[0], x[0]), found, 1e-5, True, FORMATS["int8_asym"], False)
 
 
+def rectify(machine: Machine) -> None:
+    """A ReLU in a kernel."""
+    x, scale, zero = meta(64, N), meta(), meta(dtype=torch.int32)
+    with mock.patch.object(triton_quantize, "wrap_triton", lambda kernel: kernel):
+        triton_quantize.launch_static(x, None, scale, zero, STATIC, "relu")
+
+
 MAIN = {
     **{f"linear {m}": partial(linear, m) for m in (16, 4096)},
     "full linear 4096": partial(linear, 4096, is_full=True),
     "quantize 4096": partial(quantize, 4096),
+    "relu": rectify,
 }
 OTHERS = {  # some minutes
     **{f"linear {m}": partial(linear, m) for m in (32, 64, 256)},

@@ -63,7 +63,7 @@ def assert_roomy(facts: Facts) -> None:
 
 @pytest.mark.timeout(300)
 def test_nothing_spills_and_everything_fits(facts):
-    assert len(facts) == 4 * len(SHARED)
+    assert len(facts) == 5 * len(SHARED)
     assert_roomy(facts)
 
 
@@ -116,3 +116,10 @@ def test_a_row_is_read_once(facts, architecture):
     fact, *_ = facts["quantize 4096", architecture]
     assert counted(fact, "ld.global", ".v4") == 4096 // (4 * 32) // 8
     assert counted(fact, "ld.global") == counted(fact, "ld.global", ".v4")
+
+
+@ON
+def test_a_relu_lets_nan_through(facts, architecture):
+    """As torch's does.  A GPU's maximum of NaN and 0 is 0 unless told; the interpreter's is NaN."""
+    (fact,) = facts["relu", architecture]
+    assert counted(fact, "max.NaN.f32") > 0
