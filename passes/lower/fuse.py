@@ -147,17 +147,26 @@ def addend_of(node: Node, other: Node, total: Node, dtype: torch.dtype) -> Adden
 
 
 def dequantization(wide: Node) -> tuple[Node, ...]:
-    """(codes, cast, cast - zero, · scale) of a residual kept as codes, or ()."""
+    """(codes, cast, cast - zero, · scale) of a residual kept as codes, or ().
+
+    A model may have the like of its own, with a factor or with a scale of each column: a kernel
+    takes one scale and one zero point, and codes of the shape of the sum.
+    """
     if wide.target is not aten.mul.Tensor:
         return ()
     steps, scale = arguments(wide)
-    if not isinstance(steps, Node) or steps.target is not aten.sub.Tensor:
+    if not isinstance(steps, Node) or steps.target is not aten.sub.Tensor or steps.kwargs:
         return ()
     cast, zero = arguments(steps)
-    constants = [isinstance(c, Node) and c.op == "get_attr" for c in (scale, zero)]
-    if not all(constants) or not is_cast(cast, torch.float32):
+    if not (is_number(scale) and is_number(zero) and is_cast(cast, torch.float32)):
         return ()
-    return arguments(cast)[0], cast, steps, wide
+    codes = arguments(cast)[0]
+    return (codes, cast, steps, wide) if value(codes).shape == value(wide).shape else ()
+
+
+def is_number(node: Any) -> bool:
+    """A constant of one element?"""
+    return isinstance(node, Node) and node.op == "get_attr" and value(node).numel() == 1
 
 
 def is_last_reader(node: Node, chain: Sequence[Node], total: Node) -> bool:

@@ -153,6 +153,30 @@ def test_what_has_another_shape_is_neither_a_residual_nor_the_weight_of_a_norm(i
     assert found.error() <= 1e-6
 
 
+COLUMNS = [0.25 * (k % 5) for k in range(24)]
+DEQUANTIZED = {
+    "a scale for each column": lambda q: (q.float() - torch.tensor(3.0)) * torch.tensor(COLUMNS),
+    "a zero for each column": lambda q: (q.float() - torch.tensor(COLUMNS)) * torch.tensor(0.5),
+    "codes of one row": lambda q: (q[:1].float() - torch.tensor(3.0)) * torch.tensor([[0.5]] * 5),
+    "a factor": lambda q: torch.sub(q.float(), torch.tensor(3.0), alpha=2) * torch.tensor(0.5),
+}
+
+
+@pytest.mark.parametrize("dequantize", DEQUANTIZED.values(), ids=DEQUANTIZED)
+def test_what_a_model_dequantizes_itself_is_added_as_it_says(isolated, dequantize):
+    """Residual codes of a plan have one scale, one zero point and the shape of the sum."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.linear(x) + dequantize((x * 50).to(torch.int8))
+
+    assert lowered(Added(), torch.randn(5, 24), DYNAMIC).error() <= 1e-6
+
+
 def test_scales_go_to_the_device_of_the_weights():
     scale, zero = torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)
     weights = {"w": torch.empty(2, 2, device="meta")}
