@@ -46,6 +46,7 @@ def embedding_kernel(
     rows,
     stored,
     D,
+    stride_i,
     stride_wi,
     stride_si,
     stride_sg,
@@ -59,7 +60,7 @@ def embedding_kernel(
 ):
     """RUN neighbors of a row, which share a scale, are a thread's."""
     at = (tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None, None]
-    index = tl.load(indices_ptr + at, mask=at < count, other=0).to(tl.int64)
+    index = tl.load(indices_ptr + at * stride_i, mask=at < count, other=0).to(tl.int64)
     tl.device_assert((index >= 0) & (index < rows), "index out of range in embedding")
     run = (tl.program_id(1) * RUNS + tl.arange(0, RUNS))[None, :, None]
     if IS_PACKED:
@@ -148,10 +149,11 @@ def launch(
     runs = min(triton.next_power_of_2(triton.cdiv(length, run)), LONGEST // run)
     block = CODES[fmt.element.bits == 4] // (runs * run)
     tile = {"BLOCK_I": block, "RUNS": runs, "RUN": run}
-    count = math.prod(indices.shape)
-    grid = (triton.cdiv(count, block), triton.cdiv(length, runs * run))
+    flat = indices.reshape(-1)  # a view still, of the last token of each row: with a stride
+    grid = (triton.cdiv(len(flat), block), triton.cdiv(length, runs * run))
     embedding_kernel[grid](
-        *(indices.reshape(-1), packed, scales, zeros, y, count, *packed.shape, length),
+        *(flat, packed, scales, zeros, y, len(flat), *packed.shape, length),
+        stride_i=flat.stride(0),
         stride_wi=packed.stride(0),
         **strides("s", scales),
         **strides("z", zeros),

@@ -87,6 +87,15 @@ def test_any_strides(fmt):
         assert torch.equal(run(view, loose, fmt), reference(view, w, fmt))
 
 
+@pytest.mark.parametrize("last", [(slice(None), slice(-1, None)), (1, slice(0, None, 3))], ids=str)
+def test_the_last_token_of_each_row_is_looked_up_where_it_lies(last):
+    """Indices that flatten to a view, as those of a decoding step, are not contiguous."""
+    fmt, ids = FORMATS["int8"], torch.arange(12, device=DEVICE).view(2, 6)
+    w, view = table(12, 40, fmt), ids[last]
+    assert not view.reshape(-1).is_contiguous()
+    assert torch.equal(run(view, w, fmt), reference(view.cpu(), w, fmt))
+
+
 BUGS = [
     (swap_nibbles, "int4_row"),
     (next_group_scale, "int4_g32"),
