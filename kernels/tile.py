@@ -39,7 +39,7 @@ class Tile:
                 raise ValueError(
                     f"{name} of a tile is a whole number of at least 1, not {number!r}"
                 )
-        for name in ("block_m", "block_n", "block_k"):
+        for name in ("block_m", "block_n", "block_k", "warps"):
             if getattr(self, name).bit_count() != 1:
                 raise ValueError(f"{name} of a tile is a power of two, not {getattr(self, name)}")
 

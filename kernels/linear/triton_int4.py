@@ -35,7 +35,7 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
 from mpq_fx.kernels.quantize.triton import is_packed
-from mpq_fx.kernels.tile import Machine, Tile, filling, machine
+from mpq_fx.kernels.tile import Machine, Tile, filling, machine, roomy
 from mpq_fx.kernels.triton_packing import in_bytes, pack_bytes, sixteenfold
 from mpq_fx.numerics import in_groups, on_grid
 
@@ -214,7 +214,8 @@ def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
             for split in (1, 2, 4, 8) if m <= MANY_ROWS else (1,):
                 for warps in (4, 8):
                     found.append(replace(tile, block_n=width, warps=warps, split_k=split))
-    return tuple(t for t in dict.fromkeys(found) if shared_bytes(t) <= at.shared)
+    kept = roomy(tuple(dict.fromkeys(found)))  # any other spills: a weight is widened in registers
+    return tuple(t for t in kept if shared_bytes(t) <= at.shared)
 
 
 def launch(call: Call) -> Tensor:

@@ -33,7 +33,7 @@ from mpq_fx.formats import TENSOR, Float, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.linear.triton_split import MANY_ROWS, add_parts, divided, scaled, store_part
-from mpq_fx.kernels.tile import Machine, Tile, filling, machine
+from mpq_fx.kernels.tile import Machine, Tile, filling, machine, roomy
 from mpq_fx.kernels.triton_packing import pack_codes, unit_of, value_at, widened
 
 NAME = "weight_only_linear"
@@ -237,7 +237,7 @@ def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
                 for warps in (4, 8):
                     width = tile.block_n * n_factor
                     found.append(replace(tile, block_n=width, warps=warps, split_k=split))
-    return tuple(dict.fromkeys(found))
+    return roomy(tuple(dict.fromkeys(found)))  # any other spills: a weight is widened in registers
 
 
 def launch(call: Call) -> Tensor:

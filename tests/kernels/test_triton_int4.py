@@ -18,7 +18,7 @@ from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_int4 import INT4, listed, tile
 from mpq_fx.kernels.linear.triton_linear import Call, Shape, vector
 from mpq_fx.kernels.quantize.triton import stored
-from mpq_fx.kernels.tile import Machine, Tile
+from mpq_fx.kernels.tile import ROOMY, Machine, Tile
 from mpq_fx.kernels.triton_packing import unpack_bytes
 from mpq_fx.numerics import Quantized, quantize, relative_rms
 from tests.kernels.tolerance import (
@@ -274,6 +274,7 @@ def test_a_tile_has_one_group_and_fits():
     for m in (1, 1000):
         found = INT4.configurations(m, 4096, 4096, H100)
         assert len(set(found)) == len(found) >= 4
+        assert max(t.values for t in found) <= ROOMY, "more of them spill"
 
 
 def test_refusals_say_why():

@@ -262,6 +262,7 @@ def test_a_tile_fits_every_device_and_spills_nothing(device, m, n, k, is_plain):
     candidates = triton_int8.configurations(m, n, k, device.machine)
     for tile in (found, *candidates):
         assert tile.shared_bytes(1, 1) <= device.machine.shared
+        assert tile.values <= 128, "more of them spill"
     assert is_plain or found.values <= tiles.ROOMY
     assert len(candidates) == len(set(candidates)) <= 40
     assert found.block_m <= max(16, 2 * m) or m > 256, "few rows do not fill a tall tile"
@@ -298,7 +299,7 @@ def test_a_tuned_tile_is_taken_for_its_shape_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"block": 1}, {"block_n": 0}, {"block_k": 96}, {"warps": "4"}, {"stages": 2.0}],
+    [{"block": 1}, {"block_n": 0}, {"block_k": 96}, {"warps": "4"}, {"warps": 3}, {"stages": 2.0}],
     ids=str,
 )
 def test_a_file_of_wrong_tiles_is_refused_with_the_reason(tmp_path, monkeypatch, wrong):

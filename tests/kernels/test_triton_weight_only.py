@@ -17,7 +17,7 @@ from mpq_fx.kernels.linear import triton_weight_only
 from mpq_fx.kernels.linear.triton_epilogue import Epilogue
 from mpq_fx.kernels.linear.triton_linear import Call, Shape
 from mpq_fx.kernels.linear.triton_weight_only import TILES, WEIGHT_ONLY, listed, tile
-from mpq_fx.kernels.tile import Machine, Tile
+from mpq_fx.kernels.tile import ROOMY, Machine, Tile
 from mpq_fx.numerics import Quantized, dequantize, quantize, relative_rms
 from tests.kernels.tolerance import (
     DEVICE,
@@ -264,6 +264,7 @@ def test_a_search_knows_the_table_and_more():
         rows = next((rows for rows in TILES if m <= rows), 0)
         assert len(set(found)) == len(found) >= 4
         assert {t.block_m for t in found} == {t.block_m for t in TILES[rows]}
+        assert max(t.values for t in found) <= ROOMY, "more of them spill"
 
 
 def test_refusals_say_why():
