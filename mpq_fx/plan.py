@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,19 @@ def diff(a: Plan, b: Plan) -> Difference:
 
 
 def _headline(plan: Plan) -> dict[str, float]:
-    found = {"error": plan.error, "tolerance": plan.tolerance}
+    found: dict[str, float | None] = {"error": plan.error, "tolerance": plan.tolerance}
     found |= {f"ms of {name}": ms for name, ms in plan.latency_ms.items()}
     found |= {f"error of {name}": error for name, error in plan.errors.items()}
+    if not plan.latency_ms:  # no race: all that is known of time is that of the layers
+        found |= {"ms of layers in float": _total(row.ms_before for row in plan.ledger)}
+        found |= {"ms of layers": _total(row.ms_after for row in plan.ledger)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _total(found: Iterable[float | None]) -> float | None:
+    """Their sum; None where there is nothing to sum."""
+    known = [ms for ms in found if ms is not None]
+    return sum(known) if known else None
 
 
 def _name(choice: Choice | None) -> str:

@@ -278,6 +278,17 @@ def test_a_difference_names_choices_and_numbers(small):
     ]
 
 
+def test_plans_predicted_for_two_devices_differ_in_the_milliseconds_of_layers(small):
+    def lasting(ms: float, **raced: float) -> Plan:
+        ledger = tuple(replace(row, ms_before=2.0, ms_after=ms) for row in small.ledger)
+        return replace(small, ledger=ledger, latency_ms=raced)
+
+    both, sites = diff(lasting(0.5), lasting(0.25)), len(small.ledger)
+    assert sites > 0
+    assert both.numbers == (("ms of layers", 0.5 * sites, 0.25 * sites),)
+    assert not diff(lasting(0.5, plan=3.0), lasting(0.25, plan=3.0)).numbers, "calls were measured"
+
+
 def test_a_plan_does_not_differ_from_itself(bert):
     assert str(diff(bert, bert)).startswith("no difference")
 
