@@ -1,9 +1,10 @@
-"""one op for a whole module  ->  its linear layers, norms and attention
+"""one op for a whole module  ->  its linear layers, norms, attention and gates
 
 In eval mode without gradients nn.TransformerEncoderLayer and nn.MultiheadAttention call one op of
-PyTorch for all they compute.  Its weights could run in no other precision: here it is written as
-the module writes itself where it may not take that road.  A query that may look at no key at all
-attends to nothing, as there; the op has NaN.
+PyTorch for all they compute, recurrent cells always do.  Its weights could run in no other
+precision: here it is written as the module writes itself where it may not take that road, a cell
+as its documentation does.  A query that may look at no key at all attends to nothing, as there; the
+op has NaN.
 """
 
 from __future__ import annotations
@@ -102,8 +103,41 @@ def encoder_layer(  # noqa: PLR0913 -- the op's
     return src
 
 
+def lstm_cell(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """c' = σ(f) c + σ(i) tanh(g),  h' = σ(o) tanh(c'),  of (i, f, g, o) = W x + b + W' h + b'"""
+    h, c = hx
+    gates = functional.linear(x, w_ih, b_ih) + functional.linear(h, w_hh, b_hh)
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """h' = n + σ(z) (h - n),  n = tanh(x_n + σ(r) h_n),  of r, z and n in W x + b and W' h + b'"""
+    x_r, x_z, x_n = functional.linear(x, w_ih, b_ih).chunk(3, -1)
+    h_r, h_z, h_n = functional.linear(h, w_hh, b_hh).chunk(3, -1)
+    n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+    return n + (x_z + h_z).sigmoid() * (h - n)
+
+
 # What Dynamo's graph calls -> what is traced instead.
 PARTS: Mapping[Any, Callable[..., Any]] = {
     torch._transformer_encoder_layer_fwd: encoder_layer,
     torch._native_multi_head_attention: attention,
+    torch.lstm_cell: lstm_cell,
+    torch.gru_cell: gru_cell,
 }

@@ -100,6 +100,37 @@ def test_every_layer_of_an_encoder_is_in_the_report(isolated):
     assert 0 < (y - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_a_recurrent_cell_computes_what_its_op_does(kind, bias):
+    cell, h = shaken(kind(8, 6, bias=bias)), values(3, 6)
+    state = (h, h.roll(1, 0)) if kind is nn.LSTMCell else h
+    op = torch.lstm_cell if kind is nn.LSTMCell else torch.gru_cell
+    with torch.inference_mode():
+        x = TOKENS[:, 0]
+        torch.testing.assert_close(PARTS[op](x, state, *cell.parameters()), cell(x, state))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_both_linears_of_a_recurrent_cell_are_in_the_report(isolated, kind):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = shaken(kind(32, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.cell(x)
+            return h if isinstance(h, torch.Tensor) else h[0]
+
+    compiled = compiled_of(Recurrent())
+    with torch.inference_mode():
+        for seed in range(3):
+            compiled(batch(seed))
+    rows = mpq_fx.explain(compiled).rows
+    assert len(rows) == 2
+    assert all(row.site.op == "linear" and row.choice != "float32" for row in rows)
+
+
 def test_a_query_without_keys_attends_to_nothing(isolated):
     """As in the module's own Python; the fused op has NaN there."""
     net = shaken(nn.MultiheadAttention(8, 2, batch_first=True))
