@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpq_fx.config import Config, wished
-from mpq_fx.errors import CalibrationError
+from mpq_fx.errors import CalibrationError, MpqError, WeightError
 from mpq_fx.facts import Plan
 from mpq_fx.registry import ROOTS, bindings_of, bypass, entries, root_of, totals
 
@@ -126,22 +126,40 @@ def explain(compiled: Any) -> Report:
 
 
 def finalize(compiled: Any) -> None:
-    """End observing now: solve every graph of the model with the calls it has seen."""
+    """End observing now: solve every graph of the model with the calls it has seen.
+
+    A graph that cannot be planned keeps none of the others from it; the first such error is raised.
+    """
     found = bindings_of(compiled)
     if not found:
         raise CalibrationError(
             "no compiled graph of this model was called yet",
             fix=bypass(compiled) or "call the compiled model under torch.inference_mode() first",
         )
+    failed = []
     for lifecycle, binding in found:
-        lifecycle.finalize(binding)
+        try:
+            lifecycle.finalize(binding)
+        except MpqError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def refresh(compiled: Any) -> list[str]:
-    """Look at every element of every weight now; returns the names of those that had changed."""
+    """Look at every element of every weight now; returns the names of those that had changed.
+
+    Raises WeightError where apply(release=True) freed the float weights.
+    """
+    found = bindings_of(compiled)
+    if any(binding.released for _, binding in found):
+        raise WeightError(
+            "the float weights were freed by apply(release=True), so nothing can be refreshed",
+            fix="apply the plan without release=True to edit weights",
+        )
     names = {id(t): name for name, t in root_of(compiled).named_parameters()}
     changed = []
-    for _, binding in bindings_of(compiled):
+    for _, binding in found:
         values = binding.values()
         changed += [names.get(id(values[k]), k) for k in binding.refresh()]
     return sorted(set(changed))

@@ -27,7 +27,7 @@ from mpq_fx.passes.analyze.activation_memory import live_sets
 from mpq_fx.passes.analyze.cost import sizes
 from mpq_fx.passes.analyze.metric import LossMetric, Metric, Task
 from mpq_fx.passes.analyze.observe import Observed, observe, static_scales
-from mpq_fx.passes.analyze.propose import Proposal, propose
+from mpq_fx.passes.analyze.propose import Proposal, check_globs, propose
 from mpq_fx.passes.analyze.randomness import check_repeatable
 from mpq_fx.passes.analyze.ranking import draw
 from mpq_fx.passes.analyze.ranking import measured as errors_of
@@ -42,6 +42,7 @@ from mpq_fx.passes.analyze.sites import shared_weights
 from mpq_fx.passes.analyze.trace import Trace, trace
 from mpq_fx.passes.analyze.work import Work
 from mpq_fx.passes.lower.target import Target, available
+from mpq_fx.registry import bindings_under
 from mpq_fx.shapes import Code, Timed, complete, mean_latency, shapes_of
 
 if TYPE_CHECKING:
@@ -191,6 +192,8 @@ def _tables_of(metric: Metric, task: Task) -> dict[str, Table]:
 def _proposal(
     graph: Graph, binding: Binding, config: Config, target: Target, seen: Mapping[str, Observed]
 ) -> Proposal:
+    others = [name for b in bindings_under(config) for name in b.site_names.values()]
+    check_globs(config.formats, [*binding.site_names.values()], others)
     return propose(
         graph.sites,
         target,

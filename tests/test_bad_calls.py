@@ -11,7 +11,7 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx.config import Config
-from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError
+from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError, WeightError
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_of
 from tests.small import OPTIONS, Net, batch, call, compiled_of, state, tune
@@ -102,6 +102,51 @@ def test_a_released_model_refuses_what_needs_its_weights(isolated, saved):
         with torch.inference_mode(), pytest.raises(MpqError, match="float weights"):
             compiled(batch(0, 7))
     assert call(compiled)[0].shape == (4, 32), "what was released for still runs"
+
+
+def test_a_released_model_cannot_be_refreshed(isolated, saved):
+    compiled = mpq_fx.apply(Net().eval(), saved[0], release=True)
+    call(compiled)
+    with pytest.raises(WeightError, match="freed by apply"):
+        mpq_fx.refresh(compiled)
+
+
+# --- several graphs ----------------------------------------------------------------------------
+
+
+class Broken(Net):
+    """Two graphs, one for each layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        torch._dynamo.graph_break()  # noqa: TID251
+        return self.down(nn.functional.gelu(y))
+
+
+RULES = {"up": ["int8"], "down": ["bfloat16"]}
+
+
+def test_a_rule_may_speak_of_a_layer_in_another_graph(isolated):
+    compiled = compiled_of(Broken(), formats=RULES)
+    call(compiled)
+    found = {row.site.name: row.choice for row in mpq_fx.explain(compiled).rows}
+    assert found["up"].startswith("int8")
+    assert found["down"] == "bfloat16"
+    config = mpq_fx.Config(target="reference", tolerance=0.1, formats=RULES)
+    plan = mpq_fx.tune(Broken().eval(), [batch(k) for k in range(3)], config=config, progress=False)
+    assert plan.choices["down"].name == "bfloat16"
+
+
+def test_a_graph_that_cannot_be_planned_keeps_no_other_from_it(isolated):
+    compiled = compiled_of(Net(), calibration_calls=8)
+    with torch.inference_mode():
+        compiled(torch.zeros(4, 32))  # an inference tensor, for which Dynamo makes another graph
+    call(compiled)
+    with pytest.raises(CalibrationError, match="no usable calibration call"):
+        mpq_fx.finalize(compiled)
+    plans = [entry.plan for entry in mpq_fx.explain(compiled).entries]
+    assert len(plans) == 2
+    assert any(plan is not None for plan in plans)
 
 
 # --- the wrong way to call ---------------------------------------------------------------------

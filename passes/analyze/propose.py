@@ -33,10 +33,9 @@ def propose(
 ) -> Proposal:
     """Choices of each site under the target's capabilities, the user's rules and the calibration.
 
-    `rules` maps globs of site names to allowed formats or choices, the last match wins; a glob that
-    matches nothing raises ConfigError.  Static scales need MIN_STATIC_CALLS distinct calls.
+    `rules` maps globs of site names to allowed formats or choices, the last match wins.  Static
+    scales need MIN_STATIC_CALLS distinct calls.
     """
-    check_globs(rules, [names[site.name] for site in sites])
     options, refusals = {}, {}
     for site in sites:
         kept, reasons = allowed(target, site, permitted(rules, names[site.name]))
@@ -57,9 +56,12 @@ def permitted(rules: Mapping[str, tuple[str, ...]] | None, name: str) -> tuple[s
     return found
 
 
-def check_globs(rules: Mapping[str, tuple[str, ...]] | None, names: Sequence[str]) -> None:
+def check_globs(
+    rules: Mapping[str, tuple[str, ...]] | None, names: Sequence[str], others: Sequence[str] = ()
+) -> None:
+    """ConfigError for a glob that matches no site of a graph, nor of the `others` of its model."""
     for glob in rules or {}:
-        if names and not any(fnmatch.fnmatchcase(name, glob) for name in names):
+        if names and not any(fnmatch.fnmatchcase(name, glob) for name in (*names, *others)):
             raise ConfigError(
                 f"formats: {glob!r} matches none of {len(names)} sites",
                 fix=nearest(glob, list(names)[:40]),
