@@ -23,8 +23,9 @@ from mpq_fx.errors import ConfigError, MpqError
 if TYPE_CHECKING:
     from mpq_fx.report import Report
 
-# A mapping has its own option, and so has a loss; the others come later.
-NOT_TUNED = ("formats", "plan", "release", "loss")
+# A mapping has its own option, and so has a loss; `tune` observes all batches; the others are for
+# what comes later.
+NOT_TUNED = ("formats", "loss", "calibration_calls", "plan", "release")
 MIN_WIDTH = 80
 SYNTHETIC_METHODS = {  # of mpq_fx.synthetic, each with a shape
     "distilled": "32x3x224x224",

@@ -28,24 +28,24 @@ SCALED = ("dynamic", "static")  # when the scale of an activation is known, wher
 class Config:
     """The user's wishes.  Raises ConfigError at once for anything that cannot be meant."""
 
-    objective: str = "latency"  # what is minimized
+    objective: str = "latency"  # what is minimized: latency, size or error
     tolerance: str | float | None = "bf16"  # largest relative RMS error of an output
     max_latency: float | str | None = None  # ms, or "0.5x" of float
     max_size: float | str | None = None  # bytes of weights, or "0.5x"
     max_bits: float | str | None = None  # mean bits over site weights, scales included
-    min_bits: float | str | None = None  # with max_bits: a window
+    min_bits: float | str | None = None  # the same mean is at least this
     max_bops: float | str | None = None  # multiply-accumulates × bits × bits
     max_activation_memory: float | str | None = None  # bytes between ops at the peak of a call
     formats: Any = None  # names, or {glob of sites: names}; kept as {glob: tuple}
     sensitivity: str = "auto"  # metric of the error table
     solver: str = "cp_sat"  # of the allocation problem
     search: str = "solver"  # how plans are looked for, asking for measured errors
-    calibration_calls: int = 8  # distinct calls observed per binding
-    target: str = "auto"
+    calibration_calls: int = 8  # distinct calls that torch.compile observes
+    target: str = "auto"  # where ops run: "cpu", "triton", "reference", or a plug-in
     device: str | None = None  # GPU that target "triton" plans for: "h100"; None: the one at hand
     time_budget: float = 60.0  # seconds of measuring, solving, compiling
     plan: Plan | str | Path | None = None  # use this plan, no calibration
-    on_error: str = "raise"  # or "float"
+    on_error: str = "raise"  # or "float": after a failure run on in float
     cache_dir: str | Path | None = None  # measured latencies; default: user cache
     release: bool = field(default=False, repr=False)  # set by apply(release=True)
     loss: bool = field(default=False, repr=False)  # set by tune(loss=...)

@@ -176,6 +176,8 @@ def test_every_field_of_config_is_an_option_with_its_default_and_comment(run):
         if field.name not in mpq_fx.cli.NOT_TUNED:
             assert "--" + field.name.replace("_", "-") in shown
     assert "largest relative RMS error of an output [default: bf16]" in shown
+    assert "VALUE [default" not in shown, "a comment for each"
+    assert "--calibration-calls" not in shown, "tune observes all batches"
     assert "--release" not in shown
 
 
