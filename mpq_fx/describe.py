@@ -66,7 +66,7 @@ def describe(
         timings=dict(clock.timings),
         fingerprint=fingerprint(measured.sites, names),
         provenance=provenance(measured),
-        notes=_notes(graph, measured, settled, clock, error),
+        notes=_notes(graph, measured, settled, config, clock, error),
         tensors=_scales(measured, names),
     )
     with clock.stage("frontier"):
@@ -171,7 +171,12 @@ def _reported_error(graph: Graph, measured: Measured, settled: Settled) -> float
 
 
 def _notes(
-    graph: Graph, measured: Measured, settled: Settled, clock: Clock, error: float
+    graph: Graph,
+    measured: Measured,
+    settled: Settled,
+    config: Config,
+    clock: Clock,
+    error: float,
 ) -> tuple[str, ...]:
     notes = list(clock.notes)
     if measured.target.predicted:
@@ -189,7 +194,8 @@ def _notes(
         notes.append(f"latency of layers is the mean over the calls seen, in {shapes} shapes")
     notes += _missed_latency(settled) if shapes == 1 else []
     if settled.winner.label != "plan":
-        notes.append(f"{settled.winner.name!r} was at least 2 % faster than the plan, so it runs")
+        better = "nearer to float" if config.objective == "error" else "at least 2 % faster"
+        notes.append(f"{settled.winner.name!r} was {better} than the plan, so it runs")
     return tuple(notes)
 
 

@@ -23,8 +23,8 @@ class Choice:
     transforms.
 
     `weight` and `activation` are names in `mpq_fx.formats.FORMATS`.  `scaling` is "none" for a
-    float
-    activation, "static" for a scale fixed by calibration, "dynamic" for one computed on every call.
+    float activation, "static" for a scale fixed by calibration, "dynamic" for one computed on every
+    call.
     """
 
     weight: str
@@ -52,7 +52,9 @@ class Site:
     """One op of the canonical graph that may run in another precision."""
 
     name: str  # unique within a model: the qualified name of the weight's owner
-    op: str  # linear | conv | matmul | attention | embedding | grouped_matmul
+    # linear | conv | matmul | grouped_matmul | attention | embedding | residual, and what no target
+    # has a choice for: conv3d | conv_transpose
+    op: str
     node: str  # name of the node in the canonical graph
     weight: str | None = None  # placeholder that holds the float weight, as float values
     bias: str | None = None
