@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
+from mpq_fx.errors import ConfigError
+
 SITE = "mpq_site"  # meta key: the site that a node computes, kept through rewrite and lowering
 PLAN = "mpq_plan"  # meta key of a constant: it came with the plan, as a scale does
 WEIGHT = "mpq_weight"  # meta key: does the node depend on parameters and constants alone?
@@ -171,7 +173,7 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass]) -> list[tuple[str, int]]
     graph do so, to bisect a wrong answer.  Returns (pass name, number of changes) for the report.
     """
     skipped = set(filter(None, os.environ.get("MPQ_SKIP", "").split(",")))
-    fuel = int(os.environ.get("MPQ_FUEL", "-1"))
+    fuel = _fuel(os.environ.get("MPQ_FUEL", "-1"))
     log: list[tuple[str, int]] = []
     for apply in passes:
         name = getattr(apply, "__name__", type(apply).__name__)
@@ -185,6 +187,15 @@ def run_passes(gm: GraphModule, passes: Sequence[Pass]) -> list[tuple[str, int]]
             check(gm, signature, name)
         log.append((name, changed))
     return log
+
+
+def _fuel(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"MPQ_FUEL={text!r} is not a number of passes", fix="MPQ_FUEL=3"
+        ) from error
 
 
 def remove_dead(gm: GraphModule) -> None:
