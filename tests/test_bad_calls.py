@@ -11,7 +11,7 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx.config import Config
-from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError, WeightError
+from mpq_fx.errors import CalibrationError, ConfigError, MpqError, PlanError
 from mpq_fx.plan import load
 from mpq_fx.registry import bindings_of
 from tests.small import OPTIONS, Net, batch, call, compiled_of, state, tune
@@ -102,13 +102,6 @@ def test_a_released_model_refuses_what_needs_its_weights(isolated, saved):
         with torch.inference_mode(), pytest.raises(MpqError, match="float weights"):
             compiled(batch(0, 7))
     assert call(compiled)[0].shape == (4, 32), "what was released for still runs"
-
-
-def test_a_released_model_cannot_be_refreshed(isolated, saved):
-    compiled = mpq_fx.apply(Net().eval(), saved[0], release=True)
-    call(compiled)
-    with pytest.raises(WeightError, match="freed by apply"):
-        mpq_fx.refresh(compiled)
 
 
 # --- several graphs ----------------------------------------------------------------------------

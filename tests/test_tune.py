@@ -12,7 +12,14 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx import search, tuning
-from mpq_fx.errors import CalibrationError, ConfigError, InfeasibleError, MpqError, PlanError
+from mpq_fx.errors import (
+    CalibrationError,
+    ConfigError,
+    InfeasibleError,
+    MpqError,
+    PlanError,
+    WeightError,
+)
 from mpq_fx.numerics import relative_rms
 from mpq_fx.registry import bindings_of
 
@@ -191,9 +198,10 @@ def test_release_frees_the_float_weights(isolated, plan):
     assert relative_rms(y, twin(batch(9))) < 0.1
     for name in ("up", "down", "head"):
         assert getattr(model, name).weight.untyped_storage().nbytes() == 0
+    with pytest.raises(WeightError, match="freed by apply"):
+        mpq_fx.refresh(compiled)
     with torch.inference_mode():
         assert torch.equal(compiled(batch(9)), y), "the codes are still there"
-    assert mpq_fx.refresh(compiled) == []
 
 
 def test_a_plan_with_codes_fills_a_model_on_the_meta_device(isolated, model, plan, tmp_path):
