@@ -13,7 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+import mpq_fx
+from mpq_fx import errors
 from mpq_fx.config import Config
+from mpq_fx.facts import Plan
+from mpq_fx.formats import BUILT_IN
+from mpq_fx.passes import METRICS, TARGETS
+from mpq_fx.passes.allocate import SEARCHES, SOLVERS
+from mpq_fx.passes.lower.triton_device import DEVICES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -130,6 +137,27 @@ def test_the_page_of_options_lists_every_field_with_its_default():
     listed = {name: ast.literal_eval(default) for name, default, _ in rows}
     assert listed == {field.name: field.default for field in fields(Config)}
     assert [*listed] == [field.name for field in fields(Config)], "in the order of the fields"
+
+
+def test_the_page_of_options_names_all_that_an_option_or_an_error_can_be():
+    text = (ROOT / "docs" / "options.md").read_text()
+    kinds = [name for name in vars(errors) if name.endswith("Error")]
+    choices = (METRICS, SEARCHES, SOLVERS, BUILT_IN, DEVICES, [t.name for t in TARGETS], kinds)
+    names = {name for each in choices for name in each}
+    assert not {name for name in names if f'`"{name}"`' not in text and f"`{name}`" not in text}
+
+
+def test_every_public_name_is_on_a_page():
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert not {name for name in mpq_fx.__all__ if f"mpq_fx.{name}" not in text}
+
+
+def test_the_page_of_the_plan_file_describes_every_field():
+    text = (ROOT / "docs" / "plan_file.md").read_text()
+    table = text.partition("## Fields")[2].partition("A choice is spelled")[0]
+    firsts = re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE)
+    named = {name for first in firsts for name in re.findall(r"`(\w+)`", first)}
+    assert named == {"mpq_fx_plan", *(field.name for field in fields(Plan))}
 
 
 def test_the_picture_of_the_data_flow_is_a_picture():
