@@ -66,16 +66,19 @@ def bindings_of(compiled: Any) -> list[tuple[Lifecycle, Binding]]:
 def site_names(sites: Sequence[Site], binding: Binding, root: torch.nn.Module) -> dict[str, str]:
     """{site in the graph: qualified name in the model}; a weight with two names keeps the first.
 
-    A site without a weight keeps its module path; names that would clash get a number.
+    A further weight of a module is named itself ("cell", "cell.weight_hh").  A site without a
+    weight keeps its module path; names that would clash, as those of one weight do, get a number.
     """
     names: dict[int, str] = {}
     for name, tensor in root.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), name)
     values = binding.values()
-    found, taken = {}, set()
+    found, taken, owners = {}, set(), dict[str, str]()
     for site in sites:
         owner = names.get(id(values.get(site.weight or "")), "")
         wanted = owner.rpartition(".")[0] or owner.removesuffix(".weight") or site.name
+        if owner and owners.setdefault(wanted, owner) != owner:
+            wanted = owner
         unique = next(n for n in _numbered(wanted) if n not in taken)
         taken.add(unique)
         found[site.name] = unique

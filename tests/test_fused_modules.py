@@ -10,6 +10,7 @@ from torch.nn import functional
 import mpq_fx
 from mpq_fx.fused_modules import PARTS
 from mpq_fx.graph import ops
+from mpq_fx.report import coverage
 from tests.architectures import values
 from tests.small import Net, batch, compiled_of
 from tests.toy_backend import Toy
@@ -126,9 +127,11 @@ def test_both_linears_of_a_recurrent_cell_are_in_the_report(isolated, kind):
     with torch.inference_mode():
         for seed in range(3):
             compiled(batch(seed))
-    rows = mpq_fx.explain(compiled).rows
-    assert len(rows) == 2
-    assert all(row.site.op == "linear" and row.choice != "float32" for row in rows)
+    report = mpq_fx.explain(compiled)
+    assert {row.site.name for row in report.rows} == {"cell", "cell.weight_hh"}
+    assert all(row.site.op == "linear" and row.choice != "float32" for row in report.rows)
+    sizes = [row.site.weight_numel * 4 for row in report.rows]
+    assert sum(share.bytes_before for share in coverage(report) if share.sites) == sum(sizes)
 
 
 def test_a_query_without_keys_attends_to_nothing(isolated):
