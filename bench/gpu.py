@@ -11,8 +11,8 @@ product (of 32 rows where there are fewer: it takes no less than 17), `torch._sc
 row and column and a bias.  Layers of torchao and gemlite (gpu_peers.py) start from x in bfloat16;
 beside their dynamic ones stand ours with the quantization of x in front, as `quantize + …`.  The
 float error of all of them is against the float64 product of the layer before it was quantized.
-`--search` times every tile that a kernel proposes for each shape and keeps the best in its
-tuned.json, before anything is compared.
+`--search` times every tile that a kernel proposes for each shape and keeps what is better than
+its own in its tuned.json, before anything is compared.
 """
 
 from __future__ import annotations
@@ -271,19 +271,23 @@ def copy_bandwidth(at: torch.device, time: Timer, numel: int = 1 << 28) -> float
 
 
 def search(layers: Sequence[Layer], rows: Sequence[int], device: Device, at: torch.device) -> int:
-    """Time the tiles that each kernel proposes; the best of each shape goes to its tuned.json."""
-    from mpq_fx.kernels.linear.triton_linear import keep_tile
+    """Time the tiles that each kernel proposes beside the one that it takes now; a better one goes
+    to its tuned.json.
+    """
+    from mpq_fx.kernels.linear.triton_linear import in_tuned_tile, keep_tile
 
     found = 0
     for layer in layers:
         for m in rows:
             for _, kernel, call, _ in kernel_calls(layer, drawn(layer.n, layer.k, m, at), device):
                 tiles = kernel.configurations(m, layer.n, layer.k, device.machine)
-                cut = [replace(call, tile=tile) for tile in tiles]
+                now = in_tuned_tile(kernel, call)
+                cut = [now, *(replace(call, tile=tile) for tile in tiles)]
                 times = {c.tile: microseconds(partial(kernel.launch, c)) for c in cut}
                 best = min(times, key=lambda tile: times[tile])
-                keep_tile(kernel, call, best)
-                found += 1
+                if best is not None and best != now.tile:
+                    keep_tile(kernel, call, best)
+                    found += 1
     return found
 
 

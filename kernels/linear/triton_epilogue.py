@@ -17,6 +17,8 @@ from torch import Tensor
 from mpq_fx.formats import Format
 from mpq_fx.kernels.triton_math import activate, encode, narrow
 
+WIDEST = 512  # rows or columns of a tile
+
 
 @dataclass(frozen=True)
 class Epilogue:
@@ -43,7 +45,7 @@ class Epilogue:
 
     def arguments(self, n: int) -> dict[str, Any]:
         """The arguments of `finish`, by name, as every kernel passes them on."""
-        addend = None if self.addend is None else self.addend.reshape(-1, n)
+        addend = None if self.addend is None else within_reach(self.addend.reshape(-1, n))
         return {
             "bias_ptr": self.bias,
             "addend_ptr": addend,
@@ -57,6 +59,12 @@ class Epilogue:
             "LOW": 0 if self.out_fmt is None else self.out_fmt.qmin,
             "HIGH": 0 if self.out_fmt is None else self.out_fmt.qmax,
         }
+
+
+def within_reach(x: Tensor) -> Tensor:
+    """[M, N] at strides for which offsets inside of a tile fit into 32 bits: else a copy."""
+    spans = (min(n, WIDEST) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x if sum(spans) < 1 << 31 else x.contiguous()
 
 
 @triton.jit

@@ -162,6 +162,14 @@ def test_offsets_have_64_bits(strides):
     assert torch.equal(run(far, w, W, tile=tile), run(x, w, W, tile=tile))
 
 
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_an_addend_may_lie_anywhere(strides):
+    x, w = sample(2, 128, 32, W)
+    addend = torch.randn(2, 128)
+    got = run(x, w, W, tile=Tile(16, 128, 32, 1), addend=far_apart(addend, strides))
+    assert torch.equal(got, run(x, w, W, addend=addend.to(DEVICE)))
+
+
 @pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40), (40,), (2, 3, 40)], ids=str)
 def test_any_leading_shape_and_no_rows_at_all(shape):
     x = on_device(quantize(torch.randn(shape), W))
