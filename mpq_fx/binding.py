@@ -42,6 +42,7 @@ class Installed:
     source: GraphModule  # the graph the recipes compute in
     recipes: tuple[Recipe, ...]
     stamps: Mapping[str, Stamp]  # of the parameters, before the recipes read them
+    target: str  # that it was compiled for
     accepts: Callable[[Sequence[Any]], bool] = lambda args: True  # sizes this compilation is for
 
 

@@ -93,6 +93,7 @@ def lower(
         gm,
         folded.recipes,
         stamps,
+        target.name,
         accepts,
     )
     return installed, lowered

@@ -85,8 +85,9 @@ def site_names(sites: Sequence[Site], binding: Binding, root: torch.nn.Module) -
     return found
 
 
-def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...]]]:
-    """(label, plan or None, why it runs in float or "", rows where there is no plan) per plan.
+def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...], str]]:
+    """(label, plan or None, why it runs in float or "", rows where there is no plan, the target
+    that it runs on if it was made for another) per plan.
 
     Graphs that share a plan (other shapes of one code, parts of one model) make one entry.
     """
@@ -96,11 +97,17 @@ def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...]]
         key = id(binding.plan or binding), lifecycle.reason or binding.reason
         groups.setdefault(key, []).append(k)
     if not found and (reason := bypass(compiled)):
-        return [("no graph", None, reason, ())]
-    return [
-        (_label(graphs), found[graphs[0]][1].plan, reason, _float_rows(*found[graphs[0]], reason))
-        for (_, reason), graphs in groups.items()
-    ]
+        return [("no graph", None, reason, (), "")]
+    return [_entry(graphs, *found[graphs[0]], reason) for (_, reason), graphs in groups.items()]
+
+
+def _entry(
+    graphs: Sequence[int], lifecycle: Lifecycle, binding: Binding, reason: str
+) -> tuple[str, Plan | None, str, tuple[Row, ...], str]:
+    plan, installed = binding.plan, binding.installed
+    is_elsewhere = plan is not None and installed is not None and installed.target != plan.target
+    place = installed.target if is_elsewhere else ""  # type: ignore[union-attr]
+    return _label(graphs), plan, reason, _float_rows(lifecycle, binding, reason), place
 
 
 def _label(graphs: Sequence[int]) -> str:

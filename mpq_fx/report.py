@@ -34,6 +34,17 @@ class Entry:
     plan: Plan | None
     reason: str = ""
     rows: tuple[Row, ...] = ()  # of a graph without a plan: its sites, all in float
+    place: str = ""  # target that the plan runs on, if it was made for another
+
+    @property
+    def elsewhere(self) -> str:
+        """What a reader of a plan that was made for another target has to know, or ""."""
+        if not self.place or self.plan is None:
+            return ""
+        return (
+            f"runs on target {self.place} here; kernels and milliseconds below are those of "
+            f"{self.plan.target}, for which the plan was made"
+        )
 
     @property
     def ledger(self) -> tuple[Row, ...]:
@@ -94,6 +105,7 @@ class Report:
             {
                 "label": e.label,
                 "reason": e.reason,
+                "elsewhere": e.elsewhere,
                 "plan": e.plan and _without_tensors(e.plan),
                 "rows": encode(e.rows),
                 "steps": [encode(step) for step in steps(e.plan)] if e.plan else [],
@@ -132,7 +144,8 @@ def report_of(
     dynamo: Mapping[str, Any] | None = None,
     parameters: Mapping[str, int] | None = None,
 ) -> Report:
-    """(label, plan or None, reason, rows of a graph without a plan) per graph -> Report.
+    """(label, plan or None, reason, rows of a graph without a plan, target that a plan made for
+    another runs on) per graph -> Report.
 
     `dynamo`: graph_breaks {reason: n}, frames {total, ok}, recompile_limit n, unimplemented.
     `parameters`: elements of the whole model ("parameters") and of its graphs ("captured").

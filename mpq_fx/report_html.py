@@ -79,6 +79,7 @@ def kinds_of(report: Report) -> dict[str, str]:
 def _graph(entry: Entry, kinds: Mapping[str, str]) -> dict[str, Any]:
     plan = entry.plan
     facts: dict[str, Any] = {"label": entry.label, "reason": entry.reason, "plan": plan}
+    facts["elsewhere"] = entry.elsewhere
     if plan is None:
         return {**facts, "why": why_float(entry.reason), "rows": _sites(entry.rows, kinds)}
     before, after = weight_bytes(plan)

@@ -67,6 +67,8 @@ def _entry(entry: Entry, width: int) -> Iterator[RenderableType]:
     yield Text(headline(plan))
     if entry.reason:
         yield _bullet(f"runs in float: {entry.reason}")
+    if entry.elsewhere:
+        yield _bullet(entry.elsewhere)
     notes = {reason: k + 1 for k, reason in enumerate(reasons(plan.ledger))}
     yield _sites(plan.ledger, notes, width)
     yield from _footnotes(plan, notes)

@@ -104,6 +104,23 @@ def test_how_another_target_compiled_a_plan_means_nothing_here(isolated, monkeyp
     assert modes == [""]
 
 
+def test_a_report_says_that_a_plan_runs_on_another_target(isolated, tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    config = mpq_fx.Config(target="triton", device="h100", tolerance=0.05)
+    plan = mpq_fx.tune(model, [torch.randn(4, 64) for _ in range(4)], config=config, progress=False)
+    compiled = mpq_fx.apply(model, plan, config=mpq_fx.Config(target="reference"))
+    with torch.inference_mode():
+        compiled(torch.randn(4, 64))
+    report = mpq_fx.explain(compiled)
+    said = "runs on target reference here; kernels and milliseconds below are those of triton"
+    assert said in " ".join(str(report).split())
+    assert said in report.to_html(tmp_path / "report.html").read_text()
+    assert said in report.to_json()
+    (entry,) = report.entries
+    assert entry.plan is plan, "what is saved is the plan as it was made"
+    assert not replace(entry, place="").elsewhere
+
+
 def test_without_interpreter_and_gpu_a_named_device_is_planned_on_the_reference(
     isolated, monkeypatch
 ):

@@ -113,7 +113,6 @@ def test_weights_that_were_freed_are_not_looked_at_after_the_comparison(plan, ne
     with torch.no_grad():
         for _ in range(3):
             assert (compiled(x) - expected).norm() < 0.05 * expected.norm()
-    assert mpq_fx.refresh(compiled) == []
 
 
 def test_weights_edited_before_the_first_call_count(plan, net):

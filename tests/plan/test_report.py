@@ -170,6 +170,7 @@ def test_json_has_all_of_it(report, bert):
         "rows": [],
         "steps": [],
         "reason": "training graph: float",
+        "elsewhere": "",
     }
     assert found["dynamo"] == DYNAMO
     assert found["parameters"] == TOTALS
