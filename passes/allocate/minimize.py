@@ -99,8 +99,10 @@ def minimize(search: Search, hint: Mapping[str, str] | None = None) -> Level:
 
 
 def _unfinished(search: Search, level: Level, hints: tuple[int | None, ...]) -> Level:
-    """What there is where CP-SAT ran out of time: few plans, not relaxed before, are now."""
-    if _has_few(search.form):
+    """What there is where CP-SAT proved it, or ran out of time: then few plans, not relaxed before,
+    are now.
+    """
+    if _has_few(search.form) and not _is_met(level):
         _, late = start(search, level.assignment, alone=True)
         better = late if late.value < level.value else level
         level = replace(better, bound=min(max(level.bound, late.bound), better.value))
