@@ -96,6 +96,11 @@ def roomy(tiles: Sequence[Tile]) -> tuple[Tile, ...]:
     return tuple(t for t in tiles if t.values <= ROOMY)
 
 
+def held(tiles: Sequence[Tile]) -> tuple[Tile, ...]:
+    """Those whose results stay in registers where only a bias is added."""
+    return tuple(t for t in tiles if t.values <= 2 * ROOMY)
+
+
 def filling(tiles: Sequence[Tile], machine: Machine, m: int, n: int) -> Tile:
     """The first of `tiles`, largest first, with a program for every processor; else the last."""
     return next((t for t in tiles if t.count(m, n) >= machine.processors), tiles[-1])

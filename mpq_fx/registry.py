@@ -104,9 +104,9 @@ def entries(compiled: Any) -> list[tuple[str, Plan | None, str, tuple[Row, ...],
 def _entry(
     graphs: Sequence[int], lifecycle: Lifecycle, binding: Binding, reason: str
 ) -> tuple[str, Plan | None, str, tuple[Row, ...], str]:
-    plan, installed = binding.plan, binding.installed
-    is_elsewhere = plan is not None and installed is not None and installed.target != plan.target
-    place = installed.target if is_elsewhere else ""  # type: ignore[union-attr]
+    plan, installed, place = binding.plan, binding.installed, ""
+    if plan is not None and installed is not None and installed.target != plan.target:
+        place = installed.target
     return _label(graphs), plan, reason, _float_rows(lifecycle, binding, reason), place
 
 

@@ -22,6 +22,20 @@ class Net(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
+class Tied(nn.Module):
+    """A head that reads the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.block = nn.Embedding(300, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 300, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.block(self.table(ids))))
+
+
 def batch(seed: int, size: int = 4) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.randn(size, 32, generator=torch.Generator().manual_seed(seed))

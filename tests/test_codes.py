@@ -7,20 +7,7 @@ import torch
 from torch import nn
 
 import mpq_fx
-
-
-class Tied(nn.Module):
-    """A head that reads the weight of the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.block = nn.Embedding(300, 32), nn.Linear(32, 32)
-        self.head = nn.Linear(32, 300, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.block(self.table(ids))))
+from tests.small import Tied
 
 
 class Turned(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 import mpq_fx
 from mpq_fx.problem import total
-from tests.small import batch
+from tests.small import Tied, batch
 
 
 def tune(model, batches, **options):
@@ -15,23 +15,15 @@ def tune(model, batches, **options):
     return mpq_fx.tune(model, batches, config=config, progress=False)
 
 
-class Tied(nn.Module):
-    """A head that reads the weight of the embedding, and a block that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.block = nn.Embedding(300, 32), nn.Linear(32, 32)
-        self.head = nn.Linear(32, 300, bias=False)
-        self.head.weight = self.table.weight
+class Repeated(Tied):
+    """A block that is called twice besides."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.block(torch.relu(self.block(self.table(ids))))
-        return self.head(x)
+        return self.head(self.block(torch.relu(self.block(self.table(ids)))))
 
 
 def test_a_weight_of_several_sites_is_as_large_as_it_is():
-    made, generator = Tied().eval(), torch.Generator().manual_seed(0)
+    made, generator = Repeated().eval(), torch.Generator().manual_seed(0)
     ids = [torch.randint(300, (2, 8), generator=generator) for _ in range(4)]
     held = sum(p.numel() * p.element_size() for p in made.parameters())
     found = tune(made, ids, tolerance=None, objective="error", max_size="0.5x")

@@ -28,12 +28,12 @@ from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.tile import (
     INTERPRETER,
-    ROOMY,
     Machine,
     Tile,
     around,
     filling,
     fitting,
+    held,
     machine,
     roomy,
 )
@@ -106,7 +106,7 @@ def kept(tiles: Sequence[Tile], at: Machine, *, is_plain: bool) -> tuple[Tile, .
     found = fitting(tiles, at, 1, 1)
     if is_promoted(at) or not is_plain:
         return roomy(found)
-    return tuple(t for t in found if t.values <= 2 * ROOMY)
+    return held(found)
 
 
 def is_promoted(at: Machine) -> bool:

@@ -20,16 +20,7 @@ from mpq_fx.formats import ROW, TENSOR, Format, Int
 from mpq_fx.kernels.linear.triton_epilogue import finish, tile_of
 from mpq_fx.kernels.linear.triton_linear import Call, LinearKernel, Shape, define
 from mpq_fx.kernels.quantize.triton import is_packed
-from mpq_fx.kernels.tile import (
-    ROOMY,
-    Machine,
-    Tile,
-    around,
-    filling,
-    fitting,
-    machine,
-    roomy,
-)
+from mpq_fx.kernels.tile import Machine, Tile, around, filling, fitting, held, machine, roomy
 
 NAME = "int8_linear"
 # rows up to -> tiles, the largest first: it is taken where it gives every processor a program.
@@ -85,8 +76,7 @@ def listed(m: int, at: Machine) -> tuple[Tile, ...]:
 def configurations(m: int, n: int, k: int, at: Machine) -> tuple[Tile, ...]:
     """What a search tries: the tiles of the table for so many rows, and each one's neighbors."""
     found = (near for tile in listed(m, at) for near in around(tile))
-    held = tuple(t for t in dict.fromkeys(found) if t.values <= 2 * ROOMY)
-    return fitting(held, at, 1, 1)
+    return fitting(held(tuple(dict.fromkeys(found))), at, 1, 1)
 
 
 @triton.jit
